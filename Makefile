@@ -1,0 +1,125 @@
+# `make demo` and `make test` need Python, a C++ compiler and make; they install into .venv.
+#
+#   PYTHON     the interpreter that .venv is made with
+#   OFFLINE=1  download nothing: .venv borrows the packages of PYTHON, which must include JAX,
+#              scikit-build-core, pybind11 and whatever the target uses
+#   CUDA       12 or 13: the CUDA of the JAX that is installed where a GPU is visible
+#   TESTS, PYTEST_ARGS, BENCH_ARGS, JOBS, RECORD, RESULTS, COMMIT: see below
+
+PYTHON ?= python3
+VENV ?= .venv
+CUDA ?= 13
+TESTS ?= tests
+SMOKE_TESTS ?= test_build.py test_lowering.py test_readme.py test_transforms.py test_validation.py \
+               test_flax_linen.py test_flax_nnx.py
+JOBS ?= 2
+RECORD ?= tests/gpu_record.json
+RESULTS ?= benchmarks/results
+COMMIT ?= $(shell git describe --always --dirty --abbrev=40 --exclude='*' 2>/dev/null || echo unknown)
+
+comma := ,
+HAVE_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+GPU_EXTRA := $(if $(HAVE_GPU),$(comma)cuda$(CUDA))
+PY := $(VENV)/bin/python
+SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda cmake -type f 2>/dev/null)
+SANITIZER ?= compute-sanitizer
+
+.PHONY: demo test test-smoke test-full test-gpu bench-gpu sanitize lint train clean \
+        benchmark benchmark_causal benchmark_forward benchmark_backward \
+        benchmark_forward_causal benchmark_backward_causal
+
+# A development install serves every target, so a lesser one never replaces it.
+DEV := $(VENV)/installed-dev
+SMOKE := $(VENV)/installed-test
+INSTALLED := $(firstword $(wildcard $(DEV)) $(VENV)/installed-examples)
+
+demo: $(INSTALLED)
+	$(PY) examples/train_lm.py --preset demo
+
+train: $(INSTALLED)
+	$(PY) examples/train_lm.py
+
+test: $(DEV)
+	$(PY) -m pytest -n $(JOBS) $(PYTEST_ARGS) $(TESTS)
+
+# For another Python beside the default one: the wheel, imported from outside the tree.
+test-smoke: $(SMOKE)
+	cd tests && $(abspath $(PY)) -m pytest -n $(JOBS) $(PYTEST_ARGS) $(SMOKE_TESTS)
+
+test-full: $(DEV)
+	$(PY) -m pytest -n $(JOBS) --full $(PYTEST_ARGS) $(TESTS)
+
+test-gpu: $(DEV)
+	$(PY) -c "import jax, jax_cosine_attn as j; c = j.show_config(); \
+	    assert jax.default_backend() == 'gpu' and j.has_cuda_kernels(), 'no GPU or no kernels'"
+	$(PY) -m pytest -n $(JOBS) --junitxml=build/test-gpu.xml $(PYTEST_ARGS) $(TESTS); \
+	status=$$?; \
+	$(PY) tests/gpu_record.py write build/test-gpu.xml --commit $(COMMIT) --record $(RECORD); \
+	exit $$status
+
+BENCH = $(PY) benchmarks/bench_attention.py $(BENCH_ARGS)
+bench-gpu: $(DEV)
+	for options in "" "--causal"; do \
+	    for preset in "original" "original --dtype float32" "tokens16k"; do \
+	        name=$$(echo $$preset $$options | tr -d - | tr -s ' ' -); \
+	        $(BENCH) --preset $$preset $$options --commit $(COMMIT) \
+	            --json $(RESULTS)/$$name.json || exit 1; \
+	    done; \
+	done
+
+benchmark: $(DEV)
+	$(BENCH)
+benchmark_causal: $(DEV)
+	$(BENCH) --causal
+benchmark_forward: $(DEV)
+	$(BENCH) --only-forwards
+benchmark_backward: $(DEV)
+	$(BENCH) --only-backwards
+benchmark_forward_causal: $(DEV)
+	$(BENCH) --only-forwards --causal
+benchmark_backward_causal: $(DEV)
+	$(BENCH) --only-backwards --causal
+
+# Each buffer is its own allocation, so that memcheck sees where it ends.
+sanitize: export XLA_PYTHON_CLIENT_ALLOCATOR = platform
+sanitize: $(DEV)
+	for tool in memcheck racecheck; do \
+	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(PY) tests/sanitize.py || exit 1; \
+	done
+
+lint: $(DEV)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+clean:
+	rm -rf build dist .cache .venv*
+
+# Kernels are compiled for the tests where nvcc is, for the demo only if they can run here too.
+ifndef HAVE_GPU
+$(VENV)/installed-examples: export JAX_COSINE_ATTN_CUDA = OFF
+endif
+# The smoke set imports the wheel, every other target the tree.
+EDITABLE := -e
+$(SMOKE): EDITABLE :=
+$(SMOKE): $(shell find jax_cosine_attn -name '*.py*' -not -path '*/__pycache__/*')
+
+# The stem is the extra: dev, test, examples.
+$(VENV)/installed-%: $(SOURCES) | $(PY)
+	rm -f $(VENV)/installed-*
+ifdef OFFLINE
+	$(PY) -m pip install --no-build-isolation --no-deps --no-index $(EDITABLE) .
+else
+	$(PY) -m pip install $(EDITABLE) ".[$*$(GPU_EXTRA)]"
+endif
+	touch $@
+
+$(PY):
+ifdef OFFLINE
+	$(PYTHON) -m venv --without-pip $(VENV)
+	$(PYTHON) -c "import site; print(*(f'import site; site.addsitedir({path!r})' \
+	    for path in site.getsitepackages()), sep='\n')" \
+	    > "$$($(PY) -c "import sysconfig; print(sysconfig.get_path('purelib'))")/borrowed.pth"
+else
+	$(PYTHON) -m venv $(VENV)
+endif

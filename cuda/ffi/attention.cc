@@ -1,0 +1,374 @@
+// XLA FFI handlers: buffers and attributes -> launch calls. The only code that knows XLA.
+//
+// Python has validated the user's call; ranks, dtypes and sizes are checked again here, because a wrong
+// one would be a wild pointer in a kernel. Handlers only enqueue work on the given stream and allocate
+// nothing (scratch arrives as results), so they can be recorded into command buffers.
+#include "ffi/attention.h"
+
+#include <algorithm>
+#include <initializer_list>
+#include <iterator>
+#include <string>
+
+#include "launch/attention.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jca {
+namespace {
+
+namespace ffi = xla::ffi;
+
+// Absent operands and unused results have no elements.
+bool is_absent(const ffi::AnyBuffer& buffer) { return buffer.element_count() == 0; }
+
+std::string shape_text(const ffi::AnyBuffer& buffer) {
+  std::string text = "(";
+  for (const int64_t d : buffer.dimensions()) {
+    text += (text.size() > 1 ? ", " : "") + std::to_string(d);
+  }
+  return text + ")";
+}
+
+// Collects the first mismatch.
+class Checker {
+ public:
+  // dims: -1 = any.
+  void shape(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType dtype,
+             std::initializer_list<int64_t> dims) {
+    const auto actual = buffer.dimensions();
+    bool matches = buffer.element_type() == dtype && actual.size() == dims.size();
+    size_t i = 0;
+    std::string expected;
+    for (const int64_t d : dims) {
+      expected += (i > 0 ? ", " : "") + (d < 0 ? std::string("any") : std::to_string(d));
+      matches = matches && i < actual.size() && (d < 0 || actual[i] == d);
+      ++i;
+    }
+    if (!matches) {
+      fail(std::string(name) + ": got dtype " + std::to_string(int(buffer.element_type())) + " " +
+           shape_text(buffer) + ", expected dtype " + std::to_string(int(dtype)) + " (" + expected +
+           ")");
+    }
+  }
+  void require(bool condition, const std::string& message) {
+    if (!condition) fail(message);
+  }
+  ffi::Error error() const {
+    return message_.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument(message_);
+  }
+  bool ok() const { return message_.empty(); }
+
+ private:
+  void fail(const std::string& message) {
+    if (message_.empty()) message_ = "jax_cosine_attn: " + message;
+  }
+  std::string message_;
+};
+
+ffi::Error to_error(const Status& status) {
+  return status.ok() ? ffi::Error::Success()
+                     : ffi::Error::Internal("jax_cosine_attn: " + status.message);
+}
+
+struct Attributes {
+  bool heads_first, l2norm_qk, is_causal, three_passes;
+  int32_t groups;
+  ffi::Span<const int64_t> div;  // of q, k, v, scale, mask, q_lengths, kv_lengths
+};
+constexpr size_t kDivs = 7;
+
+// The data operands that both directions share, checked; `batch` is that of the results.
+struct Inputs {
+  Problem problem;
+  Arithmetic arithmetic;
+  ffi::DataType dtype;
+  Rows q, k, v;
+};
+
+// [batch, L, heads, H], or [batch, heads, L, H] when heads come first.
+Rows rows_of(const ffi::AnyBuffer& buffer, bool heads_first, int64_t div) {
+  const auto d = buffer.dimensions();
+  Rows rows;
+  rows.data = buffer.untyped_data();
+  rows.stride_batch = d[1] * d[2] * d[3];
+  rows.stride_row = heads_first ? d[3] : d[2] * d[3];
+  rows.stride_head = heads_first ? d[2] * d[3] : d[3];
+  rows.batch = {std::max<int64_t>(d[0], 1), div};
+  return rows;
+}
+
+// [batch, heads, L, width] scratch.
+Rows packed_rows(const ffi::AnyBuffer& buffer, int64_t div) { return rows_of(buffer, true, div); }
+
+bool arithmetic_of(ffi::DataType dtype, bool three_passes, Arithmetic& arithmetic) {
+  switch (dtype) {
+    case ffi::F16:
+      arithmetic = Arithmetic::kFloat16;
+      return true;
+    case ffi::BF16:
+      arithmetic = Arithmetic::kBfloat16;
+      return true;
+    case ffi::F32:
+      arithmetic = three_passes ? Arithmetic::kThreeTf32 : Arithmetic::kTf32;
+      return true;
+    default:
+      return false;
+  }
+}
+
+Inputs read_inputs(Checker& check, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
+                   const ffi::AnyBuffer& v, const ffi::AnyBuffer& scale, const ffi::AnyBuffer& mask,
+                   const ffi::AnyBuffer& q_lengths, const ffi::AnyBuffer& kv_lengths, int64_t batch,
+                   const Attributes& attributes) {
+  Inputs in{};
+  in.dtype = q.element_type();
+  check.require(arithmetic_of(in.dtype, attributes.three_passes, in.arithmetic),
+                "dtype " + std::to_string(int(in.dtype)) + " of q is not supported");
+  check.shape("q", q, in.dtype, {-1, -1, -1, -1});
+  check.shape("k", k, in.dtype, {-1, -1, -1, -1});
+  check.require(attributes.div.size() == kDivs, "div has " +
+                                                    std::to_string(attributes.div.size()) +
+                                                    " entries, expected 7");
+  if (!check.ok()) return in;
+  for (const int64_t div : attributes.div) check.require(div > 0, "div entries must be positive");
+
+  const bool heads_first = attributes.heads_first;
+  const auto dq = q.dimensions(), dk = k.dimensions();
+  const int64_t t = dq[heads_first ? 2 : 1], n = dq[heads_first ? 1 : 2], h = dq[3];
+  const int64_t s = dk[heads_first ? 2 : 1], kv = dk[heads_first ? 1 : 2];
+  check.require(dk[3] == h && h >= 1 && h <= kHeadDims[std::size(kHeadDims) - 1],
+                "head dims: got q " + shape_text(q) + ", k " + shape_text(k));
+  check.require(kv >= 1 && n % std::max<int64_t>(kv, 1) == 0,
+                "heads: got q " + shape_text(q) + ", k " + shape_text(k));
+  check.require(attributes.groups >= 1 && h % std::max(attributes.groups, 1) == 0,
+                "groups " + std::to_string(attributes.groups) + " do not divide H " +
+                    std::to_string(h));
+  check.shape("v", v, in.dtype, {-1, dk[1], dk[2], h});
+  check.shape("scale", scale, ffi::F32, {-1, n});
+  check.require(batch >= 1 && dq[0] >= 1 && dk[0] >= 1 && v.dimensions()[0] >= 1 &&
+                    scale.dimensions()[0] >= 1,
+                "empty batch");
+  if (!is_absent(mask)) {
+    check.shape("mask", mask, ffi::PRED, {-1, -1, 1, s});
+    if (check.ok()) {
+      check.require(mask.dimensions()[1] == 1 || mask.dimensions()[1] == n,
+                    "mask: got " + shape_text(mask) + " for " + std::to_string(n) + " heads");
+    }
+  }
+  if (!is_absent(q_lengths)) check.shape("q_lengths", q_lengths, ffi::S32, {-1});
+  if (!is_absent(kv_lengths)) check.shape("kv_lengths", kv_lengths, ffi::S32, {-1});
+  constexpr int64_t kMax = int64_t(1) << 31;
+  check.require(t < kMax - 256 && s < kMax - 256 && batch < kMax, "extents beyond 2^31");
+  if (!check.ok()) return in;
+
+  Problem& p = in.problem;
+  p.batch = static_cast<int>(batch);
+  p.seqlen_q = static_cast<int>(t);
+  p.seqlen_k = static_cast<int>(s);
+  p.num_heads = static_cast<int>(n);
+  p.num_heads_kv = static_cast<int>(kv);
+  p.head_dim = static_cast<int>(h);
+  p.head_dim_padded = static_cast<int>((h + 7) / 8 * 8);
+  p.groups = attributes.groups;
+  p.is_causal = attributes.is_causal;
+  p.l2norm = attributes.l2norm_qk;
+  const auto lengths = [](const ffi::AnyBuffer& buffer, int full, int64_t div) {
+    Lengths lengths;
+    lengths.full = full;
+    if (!is_absent(buffer)) {
+      lengths.data = static_cast<const int32_t*>(buffer.untyped_data());
+      lengths.batch = {buffer.dimensions()[0], div};
+    }
+    return lengths;
+  };
+  p.q_lengths = lengths(q_lengths, p.seqlen_q, attributes.div[5]);
+  p.kv_lengths = lengths(kv_lengths, p.seqlen_k, attributes.div[6]);
+  if (!is_absent(mask)) {
+    const auto d = mask.dimensions();
+    p.key_mask.data = static_cast<const uint8_t*>(mask.untyped_data());
+    p.key_mask.stride_batch = d[1] * s;
+    p.key_mask.stride_head = d[1] == 1 ? 0 : s;
+    p.key_mask.batch = {d[0], attributes.div[4]};
+  }
+  p.scale.data = static_cast<const float*>(scale.untyped_data());
+  p.scale.batch = {scale.dimensions()[0], attributes.div[3]};
+  in.q = rows_of(q, heads_first, attributes.div[0]);
+  in.k = rows_of(k, heads_first, attributes.div[1]);
+  in.v = rows_of(v, heads_first, attributes.div[2]);
+  return in;
+}
+
+using Result = ffi::Result<ffi::AnyBuffer>;
+
+ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                   ffi::AnyBuffer scale, ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths,
+                   ffi::AnyBuffer kv_lengths, Result out, Result lse, Result q_hat, Result k_hat,
+                   Result v_padded, bool heads_first, bool l2norm_qk, int32_t groups, bool is_causal,
+                   bool three_passes, float shift, ffi::Span<const int64_t> div) {
+  Checker check;
+  const auto d = out->dimensions();
+  check.require(d.size() == 4, "out: got " + shape_text(*out));
+  if (!check.ok()) return check.error();
+  const Inputs in =
+      read_inputs(check, q, k, v, scale, mask, q_lengths, kv_lengths, d[0],
+                  {heads_first, l2norm_qk, is_causal, three_passes, groups, div});
+  if (!check.ok()) return check.error();
+
+  const Problem& p = in.problem;
+  const int64_t hp = p.head_dim_padded, n = p.num_heads, kv = p.num_heads_kv;
+  const ffi::DataType hat = in.dtype == ffi::F32 ? ffi::F32 : ffi::F16;
+  check.shape("out", *out, in.dtype, {p.batch, q.dimensions()[1], q.dimensions()[2], p.head_dim});
+  check.shape("lse", *lse, ffi::F32, {p.batch, n, p.seqlen_q});
+  check.shape("q_hat", *q_hat, hat, {p.batch, n, p.seqlen_q, hp});
+  check.shape("k_hat", *k_hat, hat, {k.dimensions()[0], kv, p.seqlen_k, hp});
+  check.shape("v_padded", *v_padded, in.dtype,
+              {v.dimensions()[0], kv, p.head_dim % 8 != 0 ? p.seqlen_k : 0, hp});
+  if (!check.ok()) return check.error();
+
+  return to_error(launch_forward(stream, {.problem = p,
+                                          .arithmetic = in.arithmetic,
+                                          .shift = shift * kLog2e,
+                                          .q = in.q,
+                                          .k = in.k,
+                                          .v = in.v,
+                                          .q_hat = packed_rows(*q_hat, 1),
+                                          .k_hat = packed_rows(*k_hat, div[1]),
+                                          .v_padded = packed_rows(*v_padded, div[2]),
+                                          .out = rows_of(*out, heads_first, 1),
+                                          .lse = lse->typed_data<float>()}));
+}
+
+ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
+                    ffi::AnyBuffer scale, ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths,
+                    ffi::AnyBuffer kv_lengths, ffi::AnyBuffer out, ffi::AnyBuffer lse,
+                    ffi::AnyBuffer dout, ffi::AnyBuffer dlse, Result dq, Result dk, Result dv,
+                    Result dscale, Result q_hat, Result k_hat, Result v_padded, Result dout_padded,
+                    Result q_inverse_norm, Result k_inverse_norm, Result lse_log2, Result delta,
+                    Result dq_accum, bool heads_first, bool l2norm_qk, int32_t groups,
+                    bool is_causal, bool three_passes, ffi::Span<const int64_t> div) {
+  Checker check;
+  const auto d = dq->dimensions();
+  check.require(d.size() == 4, "dq: got " + shape_text(*dq));
+  if (!check.ok()) return check.error();
+  const Inputs in =
+      read_inputs(check, q, k, v, scale, mask, q_lengths, kv_lengths, d[0],
+                  {heads_first, l2norm_qk, is_causal, three_passes, groups, div});
+  if (!check.ok()) return check.error();
+
+  const Problem& p = in.problem;
+  const int64_t hp = p.head_dim_padded, n = p.num_heads, kv = p.num_heads_kv;
+  const int64_t t = p.seqlen_q, s = p.seqlen_k, b = p.batch, h = p.head_dim;
+  const int64_t padded_t = (t + 127) / 128 * 128;  // a multiple of every query block
+  const int64_t q1 = q.dimensions()[1], q2 = q.dimensions()[2];
+  const int64_t k1 = k.dimensions()[1], k2 = k.dimensions()[2];
+  check.shape("out", out, in.dtype, {b, q1, q2, h});
+  check.shape("lse", lse, ffi::F32, {b, n, t});
+  check.shape("dout", dout, in.dtype, {b, q1, q2, h});
+  if (!is_absent(dlse)) check.shape("dlse", dlse, ffi::F32, {b, n, t});
+  check.shape("dq", *dq, in.dtype, {b, q1, q2, h});
+  check.shape("dk", *dk, in.dtype, {b, k1, k2, h});
+  check.shape("dv", *dv, in.dtype, {b, k1, k2, h});
+  if (!is_absent(*dscale)) check.shape("dscale", *dscale, ffi::F32, {-1, n});
+  check.shape("q_hat", *q_hat, in.dtype, {b, n, t, hp});
+  check.shape("k_hat", *k_hat, in.dtype, {k.dimensions()[0], kv, s, hp});
+  check.shape("v_padded", *v_padded, in.dtype, {v.dimensions()[0], kv, h % 8 != 0 ? s : 0, hp});
+  check.shape("dout_padded", *dout_padded, in.dtype, {b, n, h % 8 != 0 ? t : 0, hp});
+  check.shape("q_inverse_norm", *q_inverse_norm, ffi::F32, {b, n, t, groups});
+  check.shape("k_inverse_norm", *k_inverse_norm, ffi::F32, {k.dimensions()[0], kv, s, groups});
+  check.shape("lse_log2", *lse_log2, ffi::F32, {b, n, padded_t});
+  check.shape("delta", *delta, ffi::F32, {b, n, padded_t});
+  check.shape("dq_accum", *dq_accum, ffi::F32, {b, n, t, hp});
+  if (!check.ok()) return check.error();
+
+  return to_error(launch_backward(
+      stream,
+      {.problem = p,
+       .arithmetic = in.arithmetic,
+       .q = in.q,
+       .k = in.k,
+       .v = in.v,
+       .out = rows_of(out, heads_first, 1),
+       .dout = rows_of(dout, heads_first, 1),
+       .lse = lse.typed_data<float>(),
+       .dlse = is_absent(dlse) ? nullptr : dlse.typed_data<float>(),
+       .q_hat = packed_rows(*q_hat, 1),
+       .k_hat = packed_rows(*k_hat, div[1]),
+       .v_padded = packed_rows(*v_padded, div[2]),
+       .dout_padded = packed_rows(*dout_padded, 1),
+       .q_inverse_norm = q_inverse_norm->typed_data<float>(),
+       .k_inverse_norm = k_inverse_norm->typed_data<float>(),
+       .lse_log2 = lse_log2->typed_data<float>(),
+       .delta = delta->typed_data<float>(),
+       .seqlen_padded = static_cast<int>(padded_t),
+       .dq_accum = dq_accum->typed_data<float>(),
+       .dq = rows_of(*dq, heads_first, 1),
+       .dk = rows_of(*dk, heads_first, 1),
+       .dv = rows_of(*dv, heads_first, 1),
+       .dscale = is_absent(*dscale) ? nullptr : dscale->typed_data<float>(),
+       .dscale_batch = is_absent(*dscale) ? 1 : static_cast<int>(dscale->dimensions()[0])}));
+}
+
+}  // namespace
+
+using ffi::AnyBuffer;
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<AnyBuffer>()  // q
+                                  .Arg<AnyBuffer>()  // k
+                                  .Arg<AnyBuffer>()  // v
+                                  .Arg<AnyBuffer>()  // scale
+                                  .Arg<AnyBuffer>()  // mask
+                                  .Arg<AnyBuffer>()  // q_lengths
+                                  .Arg<AnyBuffer>()  // kv_lengths
+                                  .Ret<AnyBuffer>()  // out
+                                  .Ret<AnyBuffer>()  // lse
+                                  .Ret<AnyBuffer>()  // q_hat
+                                  .Ret<AnyBuffer>()  // k_hat
+                                  .Ret<AnyBuffer>()  // v_padded
+                                  .Attr<bool>("heads_first")
+                                  .Attr<bool>("l2norm_qk")
+                                  .Attr<int32_t>("groups")
+                                  .Attr<bool>("is_causal")
+                                  .Attr<bool>("three_passes")
+                                  .Attr<float>("shift")
+                                  .Attr<ffi::Span<const int64_t>>("div"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::PlatformStream<cudaStream_t>>()
+                                  .Arg<AnyBuffer>()  // q
+                                  .Arg<AnyBuffer>()  // k
+                                  .Arg<AnyBuffer>()  // v
+                                  .Arg<AnyBuffer>()  // scale
+                                  .Arg<AnyBuffer>()  // mask
+                                  .Arg<AnyBuffer>()  // q_lengths
+                                  .Arg<AnyBuffer>()  // kv_lengths
+                                  .Arg<AnyBuffer>()  // out
+                                  .Arg<AnyBuffer>()  // lse
+                                  .Arg<AnyBuffer>()  // dout
+                                  .Arg<AnyBuffer>()  // dlse
+                                  .Ret<AnyBuffer>()  // dq
+                                  .Ret<AnyBuffer>()  // dk
+                                  .Ret<AnyBuffer>()  // dv
+                                  .Ret<AnyBuffer>()  // dscale
+                                  .Ret<AnyBuffer>()  // q_hat
+                                  .Ret<AnyBuffer>()  // k_hat
+                                  .Ret<AnyBuffer>()  // v_padded
+                                  .Ret<AnyBuffer>()  // dout_padded
+                                  .Ret<AnyBuffer>()  // q_inverse_norm
+                                  .Ret<AnyBuffer>()  // k_inverse_norm
+                                  .Ret<AnyBuffer>()  // lse_log2
+                                  .Ret<AnyBuffer>()  // delta
+                                  .Ret<AnyBuffer>()  // dq_accum
+                                  .Attr<bool>("heads_first")
+                                  .Attr<bool>("l2norm_qk")
+                                  .Attr<int32_t>("groups")
+                                  .Attr<bool>("is_causal")
+                                  .Attr<bool>("three_passes")
+                                  .Attr<ffi::Span<const int64_t>>("div"),
+                              {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace jca

@@ -1,0 +1,129 @@
+// What a launcher hands to a kernel. Plain structs of pointers and extents; nothing here knows XLA.
+//
+// Letters as in the public API: B batch, T query length, S key length, N query heads, K key heads,
+// H head dim; Hp = H rounded up to a multiple of 8, the row length of everything the pre-pass writes.
+#pragma once
+
+#include <cstdint>
+
+namespace jca {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kMinNorm = 1e-6f;  // a slice below it counts as a zero row
+
+// Batch entry b of the call reads entry (b / div) % size of an operand: how vmap shares an operand
+// among mapped entries without a copy.
+struct BatchIndex {
+  int64_t size = 1;
+  int64_t div = 1;
+  __host__ __device__ int64_t operator()(int64_t b) const { return (b / div) % size; }
+};
+
+// [batch, rows, heads, H] tensor in either memory order; the last axis is contiguous.
+struct Rows {
+  void* data = nullptr;
+  int64_t stride_batch = 0, stride_row = 0, stride_head = 0;  // in elements
+  BatchIndex batch;
+
+  template <typename T>
+  __host__ __device__ T* row(int64_t b, int64_t head, int64_t row) const {
+    return static_cast<T*>(data) + batch(b) * stride_batch + head * stride_head +
+           row * stride_row;
+  }
+};
+
+// Per-batch lengths; without data every entry is `full`.
+struct Lengths {
+  const int32_t* data = nullptr;
+  int full = 0;
+  BatchIndex batch;
+
+  __device__ int operator()(int64_t b) const {
+    if (data == nullptr) return full;
+    const int length = data[batch(b)];
+    return length < 0 ? 0 : length > full ? full : length;
+  }
+};
+
+// bool [., 1|N, S]: which keys may be attended.
+struct KeyMask {
+  const uint8_t* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0;
+  BatchIndex batch;
+
+  // Null when there is no mask.
+  __device__ const uint8_t* row(int64_t b, int64_t head) const {
+    return data ? data + batch(b) * stride_batch + head * stride_head : nullptr;
+  }
+};
+
+// float32 [., N]
+struct HeadScale {
+  const float* data = nullptr;
+  BatchIndex batch;
+};
+
+struct Problem {
+  int batch, seqlen_q, seqlen_k, num_heads, num_heads_kv, head_dim, head_dim_padded;
+  int groups;  // l2-norm slices of a head
+  bool is_causal, l2norm;
+  Lengths q_lengths, kv_lengths;
+  KeyMask key_mask;
+  HeadScale scale;
+};
+
+struct NormParams {
+  Problem problem;
+  Rows x;        // [., L, heads, H] raw
+  int seqlen, num_heads, batch;
+  HeadScale fold;       // multiplied in with log2 e, per head; no data: the unit vectors alone
+  Rows hat;             // [batch, heads, L, Hp], zeros past H
+  float* inverse_norm;  // [batch, heads, L, groups], 0 for zero rows; may be null
+  bool l2norm;
+};
+
+struct FwdParams {
+  Problem problem;
+  Rows q_hat, k_hat;  // [., heads, L, Hp] unit rows; q_hat carries scale * log2 e
+  Rows v;             // [., S, K, H]
+  Rows out;           // [B, T, N, H]
+  float* lse;         // [B, N, T] natural log
+  float shift;        // c of P = exp2(S - c), log2 units
+};
+
+struct DeltaParams {
+  Problem problem;
+  Rows out, dout;        // [B, T, N, H]
+  const float* lse;      // [B, N, T]
+  const float* dlse;     // [B, N, T] or null
+  float* lse_log2;       // [B, N, Tp], +inf in dead rows
+  float* delta;          // [B, N, Tp] rowsum(dO * O) - dlse, 0 in dead rows
+  int seqlen_padded;     // Tp, a multiple of every kBlockM
+};
+
+struct BwdParams {
+  Problem problem;
+  Rows q_hat, k_hat, v, dout;
+  Rows k_raw;                   // for the norm's backward in the dk epilogue
+  const float* k_inverse_norm;  // [Bk, K, S, groups]
+  const float* lse_log2;
+  const float* delta;
+  int seqlen_padded;
+  float* dq_accum;  // [B, N, T, Hp] float32, zeroed: dS k^, without scale
+  Rows dk, dv;      // [B, S, K, H]
+};
+
+struct DqParams {
+  Problem problem;
+  Rows q_raw;
+  const float* q_inverse_norm;  // [B, N, T, groups]
+  const float* lse_log2;
+  int seqlen_padded;
+  const float* dq_accum;
+  Rows dq;           // [B, T, N, H]
+  float* dscale;     // [Bd, N] zeroed, or null; entry b % dscale_batch
+  int dscale_batch;
+};
+
+}  // namespace jca

@@ -1,0 +1,251 @@
+// Row-wise kernels: normalisation, rowsum(dO * O), and the last step of dq. Memory bound; a row of up
+// to 256 elements is held by kLanes neighbouring lanes, 8 elements each.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "kernels/params.h"
+
+namespace jca {
+
+constexpr int kRowThreads = 256;
+
+template <int kLanes>
+struct RowLanes {
+  static constexpr int kElems = 8;
+  static constexpr int kRowsPerBlock = kRowThreads / kLanes;
+
+  __device__ static int lane() { return threadIdx.x % kLanes; }
+  __device__ static int first() { return lane() * kElems; }
+
+  __device__ static float sum(float x) {
+#pragma unroll
+    for (int d = kLanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffff, x, d);
+    return x;
+  }
+  __device__ static float max(float x) {
+#pragma unroll
+    for (int d = kLanes / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, d));
+    return x;
+  }
+
+  // Zeros past head_dim and for rows that are not there. Rows of a multiple of 8 elements are 16-byte
+  // aligned and read as such.
+  template <typename T>
+  __device__ static void load(float (&x)[kElems], const T* row, int head_dim, bool valid) {
+    const int h0 = first();
+    if (!valid || h0 >= head_dim) {
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) x[e] = 0.f;
+    } else if (head_dim % 8 == 0) {
+      alignas(16) T raw[kElems];
+#pragma unroll
+      for (int i = 0; i < int(sizeof(raw) / 16); ++i) {
+        reinterpret_cast<uint4*>(raw)[i] = reinterpret_cast<const uint4*>(row + h0)[i];
+      }
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) x[e] = static_cast<float>(raw[e]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) {
+        x[e] = h0 + e < head_dim ? static_cast<float>(row[h0 + e]) : 0.f;
+      }
+    }
+  }
+
+  template <typename T>
+  __device__ static void store(T* row, const float (&x)[kElems], int head_dim) {
+    const int h0 = first();
+    if (h0 >= head_dim) return;
+    if (head_dim % 8 == 0) {
+      alignas(16) T raw[kElems];
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) raw[e] = static_cast<T>(x[e]);
+#pragma unroll
+      for (int i = 0; i < int(sizeof(raw) / 16); ++i) {
+        reinterpret_cast<uint4*>(row + h0)[i] = reinterpret_cast<const uint4*>(raw)[i];
+      }
+    } else {
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) {
+        if (h0 + e < head_dim) row[h0 + e] = static_cast<T>(x[e]);
+      }
+    }
+  }
+
+  // Elements of group g among this lane's 8: [from, to).
+  struct Slice {
+    int from, to;
+    __device__ Slice(int g, int group_size)
+        : from(g * group_size - first()), to((g + 1) * group_size - first()) {}
+    __device__ bool has(int e) const { return e >= from && e < to; }
+  };
+
+  // d(x) from d(x^), given x, for x^ = x * inverse_norm per group: r (a - x^ <x^, a>). A zero row has
+  // inverse norm 0, hence gradient 0. In place; returns <x^, a> over the whole row.
+  __device__ static float norm_backward(float (&a)[kElems], float (&x)[kElems],
+                                        const float* inverse_norm, int groups, int head_dim,
+                                        bool l2norm) {
+    if (!l2norm) {
+      float dot = 0.f;
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) dot += x[e] * a[e];
+      return sum(dot);
+    }
+    float total = 0.f;
+    const int group_size = head_dim / groups;
+    for (int g = 0; g < groups; ++g) {
+      const Slice slice(g, group_size);
+      const float r = inverse_norm[g];
+      float dot = 0.f;
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) {
+        if (slice.has(e)) {
+          x[e] = r == 0.f ? 0.f : x[e] * r;
+          dot += x[e] * a[e];
+        }
+      }
+      dot = sum(dot);
+      total += dot;
+#pragma unroll
+      for (int e = 0; e < kElems; ++e) {
+        if (slice.has(e)) a[e] = r == 0.f ? 0.f : r * (a[e] - x[e] * dot);
+      }
+    }
+    return total;
+  }
+};
+
+// One block: kRowsPerBlock rows of one (batch, head); x = row blocks * heads * batch.
+struct RowBlock {
+  int64_t b;
+  int head, row;
+
+  template <int kLanes>
+  __device__ static RowBlock of_thread(int rows, int heads) {
+    constexpr int kRows = RowLanes<kLanes>::kRowsPerBlock;
+    const int blocks = (rows + kRows - 1) / kRows;
+    const int64_t id = blockIdx.x;
+    return {id / blocks / heads, int(id / blocks % heads),
+            int(id % blocks) * kRows + int(threadIdx.x) / kLanes};
+  }
+};
+
+// x -> x^ (unit slices, times scale * log2 e where a fold is given) in rows of Hp, zeros past H.
+template <typename T, typename THat, int kLanes>
+__global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams params) {
+  using L = RowLanes<kLanes>;
+  const Problem& p = params.problem;
+  const RowBlock at = RowBlock::of_thread<kLanes>(params.seqlen, params.num_heads);
+  const bool valid = at.row < params.seqlen;
+
+  float x[L::kElems];
+  L::load(x, params.x.row<T>(at.b, at.head, valid ? at.row : 0), p.head_dim, valid);
+
+  if (params.l2norm) {
+    const int group_size = p.head_dim / p.groups;
+    for (int g = 0; g < p.groups; ++g) {
+      const typename L::Slice slice(g, group_size);
+      float largest = 0.f;
+#pragma unroll
+      for (int e = 0; e < L::kElems; ++e) {
+        if (slice.has(e)) largest = fmaxf(largest, fabsf(x[e]));
+      }
+      // Squares are taken after an exact scaling by a power of two, so 1e30 does not overflow.
+      const int exponent = min(__float_as_int(L::max(largest)) >> 23, 253);
+      const float scale = __int_as_float((254 - exponent) << 23);
+      float squares = 0.f;
+#pragma unroll
+      for (int e = 0; e < L::kElems; ++e) {
+        if (slice.has(e)) squares += (x[e] * scale) * (x[e] * scale);
+      }
+      const float norm = sqrtf(L::sum(squares));
+      const bool live = norm >= kMinNorm * scale;
+      const float r = 1.f / norm;
+#pragma unroll
+      for (int e = 0; e < L::kElems; ++e) {
+        if (slice.has(e)) x[e] = live ? x[e] * scale * r : x[e] * (1.f / kMinNorm);
+      }
+      if (params.inverse_norm != nullptr && valid && L::lane() == 0) {
+        const int64_t row = (at.b * params.num_heads + at.head) * params.seqlen + at.row;
+        params.inverse_norm[row * p.groups + g] = live ? r * scale : 0.f;
+      }
+    }
+  }
+  if (params.fold.data != nullptr) {
+    const float fold =
+        params.fold.data[params.fold.batch(at.b) * params.num_heads + at.head] * kLog2e;
+#pragma unroll
+    for (int e = 0; e < L::kElems; ++e) x[e] *= fold;
+  }
+  if (valid) L::store(params.hat.row<THat>(at.b, at.head, at.row), x, p.head_dim_padded);
+}
+
+// delta = rowsum(dO * O) - dlse and lse in log2 units, laid out for the backward's tiles. Whatever a
+// dead row of dO or dlse holds is dropped here.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams params) {
+  using L = RowLanes<kLanes>;
+  const Problem& p = params.problem;
+  const RowBlock at = RowBlock::of_thread<kLanes>(params.seqlen_padded, p.num_heads);
+  if (at.row >= params.seqlen_padded) return;  // whole warps: rows per block divide Tp
+
+  const int64_t bh = at.b * p.num_heads + at.head;
+  const float lse =
+      at.row < p.q_lengths(at.b) ? params.lse[bh * p.seqlen_q + at.row] : -INFINITY;
+  const bool live = lse != -INFINITY;
+  float o[L::kElems], d[L::kElems];
+  L::load(o, params.out.row<T>(at.b, at.head, live ? at.row : 0), p.head_dim, live);
+  L::load(d, params.dout.row<T>(at.b, at.head, live ? at.row : 0), p.head_dim, live);
+  float delta = 0.f;
+#pragma unroll
+  for (int e = 0; e < L::kElems; ++e) delta += o[e] * d[e];
+  delta = L::sum(delta);
+  if (live && params.dlse != nullptr) delta -= params.dlse[bh * p.seqlen_q + at.row];
+  if (L::lane() == 0) {
+    params.lse_log2[bh * params.seqlen_padded + at.row] = live ? lse * kLog2e : INFINITY;
+    params.delta[bh * params.seqlen_padded + at.row] = delta;
+  }
+}
+
+// dq = scale r (a - q^ <q^, a>) with a = dS k^, and dscale += <q^, a>: never divided by scale.
+template <typename T, int kLanes>
+__global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) {
+  using L = RowLanes<kLanes>;
+  const Problem& p = params.problem;
+  const RowBlock at = RowBlock::of_thread<kLanes>(p.seqlen_q, p.num_heads);
+  const bool valid = at.row < p.seqlen_q;
+  const int row = valid ? at.row : 0;
+  const int64_t bh = at.b * p.num_heads + at.head;
+  // A dead row may hold NaN in q.
+  const bool live = valid && params.lse_log2[bh * params.seqlen_padded + row] != INFINITY;
+
+  float a[L::kElems], q[L::kElems];
+  L::load(a, params.dq_accum + (bh * p.seqlen_q + row) * p.head_dim_padded, p.head_dim_padded,
+          live);
+  L::load(q, params.q_raw.row<T>(at.b, at.head, row), p.head_dim, live);
+  const float dot =
+      L::norm_backward(a, q, params.q_inverse_norm + (bh * p.seqlen_q + row) * p.groups, p.groups,
+                       p.head_dim, p.l2norm);
+  const float scale = p.scale.data[p.scale.batch(at.b) * p.num_heads + at.head];
+#pragma unroll
+  for (int e = 0; e < L::kElems; ++e) a[e] = live ? a[e] * scale : 0.f;
+  if (valid) L::store(params.dq.row<T>(at.b, at.head, row), a, p.head_dim);
+
+  if (params.dscale == nullptr) return;
+  __shared__ float row_dots[L::kRowsPerBlock];
+  if (L::lane() == 0) row_dots[threadIdx.x / kLanes] = live ? dot : 0.f;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    float total = 0.f;
+    for (int i = threadIdx.x; i < L::kRowsPerBlock; i += 32) total += row_dots[i];
+#pragma unroll
+    for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(0xffffffff, total, d);
+    if (threadIdx.x == 0) {
+      atomicAdd(&params.dscale[(at.b % params.dscale_batch) * p.num_heads + at.head], total);
+    }
+  }
+}
+
+}  // namespace jca

@@ -1,0 +1,282 @@
+// Backward of the portable family (sm_80 on: mma.sync, ldmatrix, cp.async).
+//
+// One CTA owns kBlockN keys of one kv head and walks over the query blocks of every query head of its
+// group, so that dk and dv stay in registers whatever the grouping; dq leaves as float32 reductions.
+// With S in log2 units (q^ carries scale * log2 e):
+//   P = exp2(S - lse), dP = dO v^T, dS = P (dP - delta)
+//   dv = P^T dO, dk^ = ln2 dS^T q^ (so scale comes in per query head), dq^ / scale = dS k^
+// The norm's backward turns dk^ into dk in the epilogue; finish_dq does the same for q.
+#pragma once
+
+#include "kernels/rows.h"
+#include "kernels/sm80/tile.h"
+#include "kernels/visible.h"
+
+namespace jca::sm80 {
+
+// 8 warps, split kWarps*M by 8 / kWarps*M over each product. Blocks and stages: what 163 KB of shared
+// memory (sm_80) and 255 registers allow.
+template <class Op_, int kHeadDim_>
+struct BwdTile {
+  using Op = Op_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kIsFloat = sizeof(typename Op::T) == 4;
+  static constexpr int kBlockM = !kIsFloat || kHeadDim <= 96 ? 64 : 32;
+  static constexpr int kBlockN = kIsFloat ? (kHeadDim <= 128 ? 64 : 32) : (kHeadDim <= 128 ? 128 : 64);
+  static constexpr int kStages = (kHeadDim == 256 || (kIsFloat && kHeadDim == 96)) ? 1 : 2;
+  // S and dP [kBlockM, kBlockN]
+  static constexpr int kWarpsSM = kIsFloat ? (kBlockM == 64 ? 4 : 2) : (kBlockN == 128 ? 2 : 4);
+  // dk and dv [kBlockN, kHeadDim]
+  static constexpr int kWarpsKM = kBlockN == 32 ? 2 : 4;
+  // dq [kBlockM, kHeadDim]
+  static constexpr int kWarpsQM = kBlockM == 32 ? 2 : 4;
+  using TileQ = SmemTile<typename Op::T, kBlockM, kHeadDim>;
+  using TileK = SmemTile<typename Op::T, kBlockN, kHeadDim>;
+  using TileP = SmemTile<typename Op::T, kBlockM, kBlockN>;
+  // sK sV | sQ sdO a stage | sP sdS | lse, delta a stage | live keys; the dk epilogue reuses the front.
+  static constexpr int kStatsBytes = 2 * kBlockM * sizeof(float);
+  static constexpr int kSmemBytes = 2 * TileK::kBytes + kStages * (2 * TileQ::kBytes + kStatsBytes) +
+                                    2 * TileP::kBytes + kBlockN;
+  static constexpr int kDkPitch = kHeadDim + 4;  // floats
+  static_assert(kBlockN * kDkPitch * int(sizeof(float)) <= kSmemBytes - kBlockN);
+};
+
+// This warp's block of a product over [kRows, kCols] split kWarpsM by 8 / kWarpsM.
+template <int kRows, int kCols, int kWarpsM>
+struct WarpBlock {
+  static constexpr int kM = kRows / kWarpsM / 16;
+  static constexpr int kN = kCols / (kWarps / kWarpsM) / 8;
+  int m0, n0;
+  __device__ WarpBlock()
+      : m0(int(threadIdx.x) / 32 % kWarpsM * kM * 16), n0(int(threadIdx.x) / 32 / kWarpsM * kN * 8) {}
+};
+
+// Grid: x = key blocks * K * B, the key block running fastest.
+template <class Tile>
+__global__ void __launch_bounds__(kThreads) cosine_attn_bwd_sm80(const BwdParams params) {
+  using Op = typename Tile::Op;
+  using T = typename Op::T;
+  constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
+  constexpr int kStages = Tile::kStages;
+
+  const Problem& p = params.problem;
+  const int blocks_n = (p.seqlen_k + kBlockN - 1) / kBlockN;
+  const int n0 = blockIdx.x % blocks_n * kBlockN;
+  const int head_kv = blockIdx.x / blocks_n % p.num_heads_kv;
+  const int64_t b = blockIdx.x / blocks_n / p.num_heads_kv;
+  const int group = p.num_heads / p.num_heads_kv;
+  const int lane = threadIdx.x % 32;
+
+  extern __shared__ __align__(128) char smem[];
+  char* carve = smem;
+  const auto take = [&carve](int bytes) {
+    char* at = carve;
+    carve += bytes;
+    return at;
+  };
+  const typename Tile::TileK sK{reinterpret_cast<T*>(take(Tile::TileK::kBytes))};
+  const typename Tile::TileK sV{reinterpret_cast<T*>(take(Tile::TileK::kBytes))};
+  char* const stages = take(kStages * 2 * Tile::TileQ::kBytes);
+  const typename Tile::TileP sP{reinterpret_cast<T*>(take(Tile::TileP::kBytes))};
+  const typename Tile::TileP sdS{reinterpret_cast<T*>(take(Tile::TileP::kBytes))};
+  float* sStats = reinterpret_cast<float*>(take(kStages * Tile::kStatsBytes));
+  bool* sLive = reinterpret_cast<bool*>(take(kBlockN));
+
+  const auto stage_q = [&](int stage) {
+    return typename Tile::TileQ{reinterpret_cast<T*>(stages + stage * 2 * Tile::TileQ::kBytes)};
+  };
+  const auto stage_do = [&](int stage) {
+    return typename Tile::TileQ{reinterpret_cast<T*>(stages + (stage * 2 + 1) * Tile::TileQ::kBytes)};
+  };
+
+  const Visible visible(p, b);
+  const int m_first = visible.q_begin(n0) / kBlockM;
+  const int m_count = max(0, (visible.seqlen_q + kBlockM - 1) / kBlockM - m_first);
+  const int steps = group * m_count;
+  const auto head_of = [&](int step) { return head_kv * group + step / m_count; };
+  const auto m0_of = [&](int step) { return (m_first + step % m_count) * kBlockM; };
+
+  // A key is dead when no query head of its group may see it; it may hold NaN, and enters as zeros.
+  for (int r = threadIdx.x; r < kBlockN; r += kThreads) {
+    bool live = false;
+    for (int h = 0; h < group && steps > 0 && n0 + r < visible.seqlen_k; ++h) {
+      const uint8_t* mask = p.key_mask.row(b, head_kv * group + h);
+      live = live || mask == nullptr || mask[n0 + r];
+    }
+    sLive[r] = live;
+  }
+  __syncthreads();
+
+  const auto load_stage = [&](int step) {
+    const int stage = step % kStages, head = head_of(step), m0 = m0_of(step);
+    const auto rows_of = [&](const Rows& rows) {
+      return [&rows, &visible, b, head, m0](int r) {
+        const bool valid = m0 + r < visible.seqlen_q;
+        return SourceRow<T>{rows.row<T>(b, head, valid ? m0 + r : 0), valid};
+      };
+    };
+    load_tile_async(stage_q(stage), p.head_dim_padded, rows_of(params.q_hat));
+    load_tile_async(stage_do(stage), p.head_dim_padded, rows_of(params.dout));
+    // Thread t < kBlockM / 4 copies 4 values of lse, the next kBlockM / 4 threads 4 of delta.
+    if (threadIdx.x < kBlockM / 2) {
+      const bool is_lse = threadIdx.x < kBlockM / 4;
+      const int r = threadIdx.x % (kBlockM / 4) * 4;
+      const float* source = is_lse ? params.lse_log2 : params.delta;
+      ptx::cp_async_16(
+          ptx::smem_address(sStats + (stage * 2 + (is_lse ? 0 : 1)) * kBlockM + r),
+          source + (b * p.num_heads + head) * params.seqlen_padded + m0 + r, true);
+    }
+    ptx::cp_async_commit();
+  };
+
+  const WarpBlock<kBlockN, kHeadDim, Tile::kWarpsKM> at_dk;
+  constexpr int kMK = decltype(at_dk)::kM, kNK = decltype(at_dk)::kN;
+  float rdK[kMK][kNK][4] = {}, rdV[kMK][kNK][4] = {};
+
+  if (steps > 0) {
+    const auto key_rows = [&](const Rows& rows) {
+      return [&rows, sLive, b, head_kv, n0](int r) {
+        return SourceRow<T>{rows.row<T>(b, head_kv, sLive[r] ? n0 + r : 0), sLive[r]};
+      };
+    };
+    load_tile_async(sK, p.head_dim_padded, key_rows(params.k_hat));
+    load_tile_async(sV, p.head_dim_padded, key_rows(params.v));
+    load_stage(0);
+  }
+
+  for (int step = 0; step < steps; ++step) {
+    const int stage = step % kStages, head = head_of(step), m0 = m0_of(step);
+    const float* sLse = sStats + stage * 2 * kBlockM;
+    const float* sDelta = sLse + kBlockM;
+    const typename Tile::TileQ sQ = stage_q(stage), sdO = stage_do(stage);
+    ptx::cp_async_wait<0>();
+    // Dead rows of q and dO may hold NaN: P = 0 does not silence them in the products, zero rows do.
+    // Each thread looks at the values it copied itself, which the wait has made visible to it.
+    bool dead = false;
+    if (threadIdx.x < kBlockM / 4) {
+      for (int r = 0; r < 4; ++r) dead = dead || sLse[threadIdx.x * 4 + r] == INFINITY;
+    }
+    if (__syncthreads_or(dead)) {  // this step's tiles have arrived; the last step's are free
+      for (int i = threadIdx.x; i < kBlockM * kHeadDim; i += kThreads) {
+        if (sLse[i / kHeadDim] == INFINITY) {
+          *sQ.at(i / kHeadDim, i % kHeadDim) = T(0.f);
+          *sdO.at(i / kHeadDim, i % kHeadDim) = T(0.f);
+        }
+      }
+      __syncthreads();
+    }
+    if (kStages == 2 && step + 1 < steps) load_stage(step + 1);
+
+    {
+      const WarpBlock<kBlockM, kBlockN, Tile::kWarpsSM> at;
+      constexpr int kM = decltype(at)::kM, kN = decltype(at)::kN;
+      float rS[kM][kN][4] = {}, rdP[kM][kN][4] = {};
+      warp_gemm<Op, false, false>(rS, sQ, at.m0, sK, at.n0);
+      warp_gemm<Op, false, false>(rdP, sdO, at.m0, sV, at.n0);
+
+      const uint8_t* key_mask = p.key_mask.row(b, head);
+      const bool all_allowed =
+          key_mask == nullptr && visible.all_allowed(m0, m0 + kBlockM, n0, n0 + kBlockN);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int r = at.m0 + m * 16 + lane / 4 + half * 8;
+          const float lse = sLse[r], delta = sDelta[r];
+#pragma unroll
+          for (int n = 0; n < kN; ++n) {
+            const int c = at.n0 + n * 8 + 2 * (lane % 4);
+            float P[2], dS[2];
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              float S = rS[m][n][half * 2 + e];
+              if (!all_allowed && (!visible.allowed(m0 + r, n0 + c + e) ||
+                                   (key_mask != nullptr && !key_mask[n0 + c + e]))) {
+                S = -INFINITY;
+              }
+              P[e] = ptx::ex2(S - lse);
+              dS[e] = P[e] * (rdP[m][n][half * 2 + e] - delta);
+            }
+            Op::store2(sP.at(r, c), P[0], P[1]);
+            Op::store2(sdS.at(r, c), dS[0], dS[1]);
+          }
+        }
+      }
+    }
+    __syncthreads();  // P and dS are complete
+
+    warp_gemm<Op, true, true>(rdV, sP, at_dk.m0, sdO, at_dk.n0);
+    warp_gemm<Op, true, true>(rdK, sdS, at_dk.m0, sQ, at_dk.n0);
+    {
+      const WarpBlock<kBlockM, kHeadDim, Tile::kWarpsQM> at;
+      constexpr int kM = decltype(at)::kM, kN = decltype(at)::kN;
+      float rdQ[kM][kN][4] = {};
+      warp_gemm<Op, false, true>(rdQ, sdS, at.m0, sK, at.n0);
+      float* dq = params.dq_accum + (b * p.num_heads + head) * p.seqlen_q * int64_t(p.head_dim_padded);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int i = m0 + at.m0 + m * 16 + lane / 4 + half * 8;
+          if (i >= visible.seqlen_q) continue;
+#pragma unroll
+          for (int n = 0; n < kN; ++n) {
+            const int h = at.n0 + n * 8 + 2 * (lane % 4);
+            if (h < p.head_dim_padded) {
+              ptx::red_add_f32x2(dq + int64_t(i) * p.head_dim_padded + h, rdQ[m][n][half * 2],
+                                 rdQ[m][n][half * 2 + 1]);
+            }
+          }
+        }
+      }
+    }
+    if (kStages == 1 && step + 1 < steps) {
+      __syncthreads();  // every warp is done with the only stage
+      load_stage(step + 1);
+    }
+  }
+
+  // dv straight from the registers; dk through shared memory, one row to a group of lanes.
+  __syncthreads();
+  float* sdK = reinterpret_cast<float*>(smem);
+#pragma unroll
+  for (int m = 0; m < kMK; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = at_dk.m0 + m * 16 + lane / 4 + half * 8;
+#pragma unroll
+      for (int n = 0; n < kNK; ++n) {
+        const int h = at_dk.n0 + n * 8 + 2 * (lane % 4);
+        sdK[r * Tile::kDkPitch + h] = rdK[m][n][half * 2];
+        sdK[r * Tile::kDkPitch + h + 1] = rdK[m][n][half * 2 + 1];
+        if (n0 + r < p.seqlen_k) {
+          store_pair<Op>(params.dv.row<T>(b, head_kv, n0 + r), h, p.head_dim, rdV[m][n][half * 2],
+                         rdV[m][n][half * 2 + 1]);
+        }
+      }
+    }
+  }
+  __syncthreads();
+  constexpr int kLanes = kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
+  using L = RowLanes<kLanes>;
+  // Every lane of a warp takes part in the sums of norm_backward, so the row count is uniform.
+  for (int r0 = 0; r0 < kBlockN; r0 += kThreads / kLanes) {
+    const int r = r0 + int(threadIdx.x) / kLanes;
+    const bool valid = r < kBlockN && n0 + r < p.seqlen_k;
+    const bool live = valid && sLive[r];
+    const int row = valid ? n0 + r : 0;
+    float a[L::kElems], k[L::kElems];
+#pragma unroll
+    for (int e = 0; e < L::kElems; ++e) {
+      a[e] = live && L::first() + e < kHeadDim ? sdK[r * Tile::kDkPitch + L::first() + e] * kLn2 : 0.f;
+    }
+    L::load(k, params.k_raw.row<T>(b, head_kv, row), p.head_dim, live);
+    const int64_t norm_row =
+        (params.k_raw.batch(b) * p.num_heads_kv + head_kv) * p.seqlen_k + row;
+    L::norm_backward(a, k, params.k_inverse_norm + norm_row * p.groups, p.groups, p.head_dim,
+                     p.l2norm);
+    if (valid) L::store(params.dk.row<T>(b, head_kv, row), a, p.head_dim);
+  }
+}
+
+}  // namespace jca::sm80

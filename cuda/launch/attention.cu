@@ -1,0 +1,227 @@
+#include "launch/attention.h"
+
+#include <climits>
+
+#include "kernels/rows.h"
+
+namespace jca {
+namespace {
+
+Status status_of(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return {};
+  return {std::string(what) + ": " + cudaGetErrorString(error)};
+}
+
+// Calls f with the C++ type of the inputs.
+template <class F>
+Status with_dtype(Arithmetic arithmetic, F f) {
+  switch (arithmetic) {
+    case Arithmetic::kFloat16:
+      return f(__half{});
+    case Arithmetic::kBfloat16:
+      return f(__nv_bfloat16{});
+    default:
+      return f(float{});
+  }
+}
+
+template <auto kKernel4, auto kKernel8, auto kKernel16, auto kKernel32, class Params>
+Status launch_rows(cudaStream_t stream, const char* what, const Params& params, int64_t batch,
+                   int heads, int rows) {
+  const int head_dim = params.problem.head_dim;
+  const int lanes = head_dim <= 32 ? 4 : head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32;
+  const int rows_per_block = kRowThreads / lanes;
+  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block * heads * batch;
+  if (blocks == 0) return {};
+  if (blocks > INT_MAX) return {std::string(what) + ": too many rows for one launch"};
+  const auto kernel = lanes == 4 ? kKernel4 : lanes == 8 ? kKernel8 : lanes == 16 ? kKernel16 : kKernel32;
+  kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(params);
+  return status_of(cudaGetLastError(), what);
+}
+
+template <typename T, typename THat>
+Status normalize(cudaStream_t stream, const NormParams& params) {
+  return launch_rows<normalize_rows<T, THat, 4>, normalize_rows<T, THat, 8>,
+                     normalize_rows<T, THat, 16>, normalize_rows<T, THat, 32>>(
+      stream, "normalize_rows", params, params.batch, params.num_heads, params.seqlen);
+}
+
+// A copy of x in rows of Hp, for rows that 16-byte copies cannot read.
+template <typename T>
+Status pad_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int seqlen, int num_heads,
+                const Rows& padded) {
+  return normalize<T, T>(stream, {.problem = problem,
+                                  .x = x,
+                                  .seqlen = seqlen,
+                                  .num_heads = num_heads,
+                                  .batch = static_cast<int>(padded.batch.size),
+                                  .fold = {},
+                                  .hat = padded,
+                                  .inverse_norm = nullptr,
+                                  .l2norm = false});
+}
+
+// q^ of every batch entry of the call (it carries the entry's scale), k^ of every entry of k.
+template <typename T, typename THat>
+Status normalize_qk(cudaStream_t stream, const Problem& problem, const Rows& q, const Rows& k,
+                    const Rows& q_hat, const Rows& k_hat, float* q_inverse_norm,
+                    float* k_inverse_norm) {
+  const Status status = normalize<T, THat>(stream, {.problem = problem,
+                                                    .x = q,
+                                                    .seqlen = problem.seqlen_q,
+                                                    .num_heads = problem.num_heads,
+                                                    .batch = problem.batch,
+                                                    .fold = problem.scale,
+                                                    .hat = q_hat,
+                                                    .inverse_norm = q_inverse_norm,
+                                                    .l2norm = problem.l2norm});
+  if (!status.ok()) return status;
+  // k^ is indexed by k's own batch entries, not the call's.
+  Rows own = k;
+  own.batch = {k.batch.size, 1};
+  Rows own_hat = k_hat;
+  own_hat.batch = own.batch;
+  return normalize<T, THat>(stream, {.problem = problem,
+                                     .x = own,
+                                     .seqlen = problem.seqlen_k,
+                                     .num_heads = problem.num_heads_kv,
+                                     .batch = static_cast<int>(k.batch.size),
+                                     .fold = {},
+                                     .hat = own_hat,
+                                     .inverse_norm = k_inverse_norm,
+                                     .l2norm = problem.l2norm});
+}
+
+template <class Params>
+Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arithmetic, Params params,
+                       int rows, int64_t heads_and_batch) {
+  const Problem& p = params.problem;
+  const Instance* instance = find_instance(direction, arithmetic, p.head_dim);
+  const std::string what = std::string("cosine_attn_") + name(direction) + " " + name(arithmetic) +
+                           " H=" + std::to_string(p.head_dim);
+  if (instance == nullptr) return {what + ": no kernel"};
+  const int block = direction == Direction::kForward ? instance->block_m : instance->block_n;
+  const int64_t blocks = (rows + block - 1) / block * heads_and_batch;
+  if (blocks == 0) return {};
+  if (blocks > INT_MAX) return {what + ": too many blocks for one launch"};
+  const Status status = status_of(
+      cudaFuncSetAttribute(instance->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           instance->smem_bytes),
+      (what + ": " + std::to_string(instance->smem_bytes) + " bytes of shared memory").c_str());
+  if (!status.ok()) return status;
+  void* args[] = {&params};
+  return status_of(cudaLaunchKernel(instance->kernel, dim3(static_cast<unsigned>(blocks)),
+                                    dim3(instance->threads), args, instance->smem_bytes, stream),
+                   what.c_str());
+}
+
+template <typename T>
+Status forward(cudaStream_t stream, const ForwardCall& call) {
+  using THat = std::conditional_t<std::is_same_v<T, float>, float, __half>;
+  const Problem& p = call.problem;
+  Status status = normalize_qk<T, THat>(stream, p, call.q, call.k, call.q_hat, call.k_hat, nullptr,
+                                        nullptr);
+  if (!status.ok()) return status;
+  Rows v = call.v;
+  if (p.head_dim % 8 != 0) {
+    Rows own = call.v, own_padded = call.v_padded;
+    own.batch.div = own_padded.batch.div = 1;
+    status = pad_rows<T>(stream, p, own, p.seqlen_k, p.num_heads_kv, own_padded);
+    if (!status.ok()) return status;
+    v = call.v_padded;
+  }
+  const FwdParams params{.problem = p,
+                         .q_hat = call.q_hat,
+                         .k_hat = call.k_hat,
+                         .v = v,
+                         .out = call.out,
+                         .lse = call.lse,
+                         .shift = call.shift};
+  return launch_instance(stream, Direction::kForward, call.arithmetic, params, p.seqlen_q,
+                         int64_t(p.num_heads) * p.batch);
+}
+
+template <typename T>
+Status backward(cudaStream_t stream, const BackwardCall& call) {
+  const Problem& p = call.problem;
+  Status status = normalize_qk<T, T>(stream, p, call.q, call.k, call.q_hat, call.k_hat,
+                                     call.q_inverse_norm, call.k_inverse_norm);
+  if (!status.ok()) return status;
+
+  Rows v = call.v, dout = call.dout;
+  if (p.head_dim % 8 != 0) {
+    Rows own = call.v, own_padded = call.v_padded;
+    own.batch.div = own_padded.batch.div = 1;
+    status = pad_rows<T>(stream, p, own, p.seqlen_k, p.num_heads_kv, own_padded);
+    if (!status.ok()) return status;
+    status = pad_rows<T>(stream, p, call.dout, p.seqlen_q, p.num_heads, call.dout_padded);
+    if (!status.ok()) return status;
+    v = call.v_padded;
+    dout = call.dout_padded;
+  }
+
+  const DeltaParams delta{.problem = p,
+                          .out = call.out,
+                          .dout = call.dout,
+                          .lse = call.lse,
+                          .dlse = call.dlse,
+                          .lse_log2 = call.lse_log2,
+                          .delta = call.delta,
+                          .seqlen_padded = call.seqlen_padded};
+  status = launch_rows<delta_rows<T, 4>, delta_rows<T, 8>, delta_rows<T, 16>, delta_rows<T, 32>>(
+      stream, "delta_rows", delta, p.batch, p.num_heads, call.seqlen_padded);
+  if (!status.ok()) return status;
+
+  const size_t accum_bytes =
+      sizeof(float) * p.batch * p.num_heads * size_t(p.seqlen_q) * p.head_dim_padded;
+  status = status_of(cudaMemsetAsync(call.dq_accum, 0, accum_bytes, stream), "clearing dq_accum");
+  if (!status.ok()) return status;
+  if (call.dscale != nullptr) {
+    const size_t bytes = sizeof(float) * call.dscale_batch * p.num_heads;
+    status = status_of(cudaMemsetAsync(call.dscale, 0, bytes, stream), "clearing dscale");
+    if (!status.ok()) return status;
+  }
+
+  const BwdParams params{.problem = p,
+                         .q_hat = call.q_hat,
+                         .k_hat = call.k_hat,
+                         .v = v,
+                         .dout = dout,
+                         .k_raw = call.k,
+                         .k_inverse_norm = call.k_inverse_norm,
+                         .lse_log2 = call.lse_log2,
+                         .delta = call.delta,
+                         .seqlen_padded = call.seqlen_padded,
+                         .dq_accum = call.dq_accum,
+                         .dk = call.dk,
+                         .dv = call.dv};
+  status = launch_instance(stream, Direction::kBackward, call.arithmetic, params, p.seqlen_k,
+                           int64_t(p.num_heads_kv) * p.batch);
+  if (!status.ok()) return status;
+
+  const DqParams dq{.problem = p,
+                    .q_raw = call.q,
+                    .q_inverse_norm = call.q_inverse_norm,
+                    .lse_log2 = call.lse_log2,
+                    .seqlen_padded = call.seqlen_padded,
+                    .dq_accum = call.dq_accum,
+                    .dq = call.dq,
+                    .dscale = call.dscale,
+                    .dscale_batch = call.dscale_batch};
+  return launch_rows<finish_dq<T, 4>, finish_dq<T, 8>, finish_dq<T, 16>, finish_dq<T, 32>>(
+      stream, "finish_dq", dq, p.batch, p.num_heads, p.seqlen_q);
+}
+
+}  // namespace
+
+Status launch_forward(cudaStream_t stream, const ForwardCall& call) {
+  return with_dtype(call.arithmetic,
+                    [&](auto t) { return forward<decltype(t)>(stream, call); });
+}
+
+Status launch_backward(cudaStream_t stream, const BackwardCall& call) {
+  return with_dtype(call.arithmetic,
+                    [&](auto t) { return backward<decltype(t)>(stream, call); });
+}
+
+}  // namespace jca

@@ -1,0 +1,51 @@
+// Entry points of the portable family: what the FFI handlers call.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "kernels/params.h"
+#include "launch/instances.h"
+
+namespace jca {
+
+// Empty message = success.
+struct Status {
+  std::string message;
+  bool ok() const { return message.empty(); }
+};
+
+struct ForwardCall {
+  Problem problem;
+  Arithmetic arithmetic;
+  float shift;                    // c of P = exp2(S - c), log2 units
+  Rows q, k, v;                   // raw
+  Rows q_hat, k_hat;              // scratch [B, N, T, Hp], [Bk, K, S, Hp]
+  Rows v_padded;                  // scratch [Bv, K, S, Hp]; used when H is not a multiple of 8
+  Rows out;
+  float* lse;
+};
+Status launch_forward(cudaStream_t stream, const ForwardCall& call);
+
+struct BackwardCall {
+  Problem problem;
+  Arithmetic arithmetic;
+  Rows q, k, v, out, dout;        // raw
+  const float* lse;
+  const float* dlse;              // or null
+  Rows q_hat, k_hat;              // scratch, in the inputs' dtype
+  Rows v_padded, dout_padded;     // scratch, as above
+  float* q_inverse_norm;          // scratch [B, N, T, groups]
+  float* k_inverse_norm;          // scratch [Bk, K, S, groups]
+  float* lse_log2;                // scratch [B, N, Tp]
+  float* delta;                   // scratch [B, N, Tp]
+  int seqlen_padded;              // Tp
+  float* dq_accum;                // scratch [B, N, T, Hp]
+  Rows dq, dk, dv;
+  float* dscale;                  // [dscale_batch, N] or null
+  int dscale_batch;
+};
+Status launch_backward(cudaStream_t stream, const BackwardCall& call);
+
+}  // namespace jca

@@ -1,0 +1,22 @@
+// The rows of the launch table, one per (direction, arithmetic), each from a source file of its own.
+#pragma once
+
+#include <array>
+#include <iterator>
+
+#include "launch/instances.h"
+
+namespace jca {
+
+using InstanceRow = std::array<Instance, std::size(kHeadDims)>;
+
+InstanceRow sm80_fwd_float16();
+InstanceRow sm80_fwd_bfloat16();
+InstanceRow sm80_fwd_tf32();
+InstanceRow sm80_fwd_3xtf32();
+InstanceRow sm80_bwd_float16();
+InstanceRow sm80_bwd_bfloat16();
+InstanceRow sm80_bwd_tf32();
+InstanceRow sm80_bwd_3xtf32();
+
+}  // namespace jca

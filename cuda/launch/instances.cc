@@ -1,0 +1,50 @@
+#include "launch/instances.h"
+
+#include <vector>
+
+#include "launch/instance_rows.h"
+
+namespace jca {
+
+const char* name(Direction direction) {
+  return direction == Direction::kForward ? "fwd" : "bwd";
+}
+
+const char* name(Arithmetic arithmetic) {
+  switch (arithmetic) {
+    case Arithmetic::kFloat16:
+      return "float16";
+    case Arithmetic::kBfloat16:
+      return "bfloat16";
+    case Arithmetic::kTf32:
+      return "float32 (tf32)";
+    case Arithmetic::kThreeTf32:
+      return "float32 (3xtf32)";
+  }
+  return "?";
+}
+
+std::span<const Instance> instances() {
+  static const std::vector<Instance> table = [] {
+    std::vector<Instance> rows;
+    for (const InstanceRow& row :
+         {sm80_fwd_float16(), sm80_fwd_bfloat16(), sm80_fwd_tf32(), sm80_fwd_3xtf32(),
+          sm80_bwd_float16(), sm80_bwd_bfloat16(), sm80_bwd_tf32(), sm80_bwd_3xtf32()}) {
+      rows.insert(rows.end(), row.begin(), row.end());
+    }
+    return rows;
+  }();
+  return table;
+}
+
+const Instance* find_instance(Direction direction, Arithmetic arithmetic, int head_dim) {
+  for (const Instance& instance : instances()) {
+    if (instance.direction == direction && instance.arithmetic == arithmetic &&
+        instance.head_dim >= head_dim) {
+      return &instance;
+    }
+  }
+  return nullptr;
+}
+
+}  // namespace jca

@@ -1,0 +1,35 @@
+// The launch table: every compiled kernel instance of the attention products.
+#pragma once
+
+#include <cstddef>
+#include <span>
+
+namespace jca {
+
+enum class Direction { kForward, kBackward };
+
+// Element type of q, k, v, and how float32 products are taken.
+enum class Arithmetic { kFloat16, kBfloat16, kTf32, kThreeTf32 };
+
+inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
+
+struct Instance {
+  Direction direction;
+  Arithmetic arithmetic;
+  int head_dim;  // the largest H it takes
+  const void* kernel;
+  int threads;
+  int smem_bytes;
+  int block_m, block_n;
+};
+
+const char* name(Direction direction);
+const char* name(Arithmetic arithmetic);
+
+// All of them, in the order direction, arithmetic, head_dim.
+std::span<const Instance> instances();
+
+// The smallest instance that holds head_dim; null when there is none.
+const Instance* find_instance(Direction direction, Arithmetic arithmetic, int head_dim);
+
+}  // namespace jca

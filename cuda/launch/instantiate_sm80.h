@@ -1,0 +1,54 @@
+// Builds the rows of the launch table for one arithmetic; included by the sm80_*.cu files alone, one
+// per (direction, arithmetic) so that they compile side by side.
+#pragma once
+
+#include "kernels/sm80/bwd.h"
+#include "kernels/sm80/fwd.h"
+#include "launch/instance_rows.h"
+
+namespace jca {
+
+template <class Tile>
+Instance fwd_instance(Arithmetic arithmetic) {
+  return {Direction::kForward,
+          arithmetic,
+          Tile::kHeadDim,
+          reinterpret_cast<const void*>(&sm80::cosine_attn_fwd_sm80<Tile>),
+          sm80::kThreads,
+          Tile::kSmemBytes,
+          Tile::kBlockM,
+          Tile::kBlockN};
+}
+
+template <class Tile>
+Instance bwd_instance(Arithmetic arithmetic) {
+  return {Direction::kBackward,
+          arithmetic,
+          Tile::kHeadDim,
+          reinterpret_cast<const void*>(&sm80::cosine_attn_bwd_sm80<Tile>),
+          sm80::kThreads,
+          Tile::kSmemBytes,
+          Tile::kBlockM,
+          Tile::kBlockN};
+}
+
+template <class OpS, class OpV>
+InstanceRow fwd_row(Arithmetic arithmetic) {
+  using sm80::FwdTile;
+  return {fwd_instance<FwdTile<OpS, OpV, 32>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 64>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 96>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 128>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 192>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 256>>(arithmetic)};
+}
+
+template <class Op>
+InstanceRow bwd_row(Arithmetic arithmetic) {
+  using sm80::BwdTile;
+  return {bwd_instance<BwdTile<Op, 32>>(arithmetic),  bwd_instance<BwdTile<Op, 64>>(arithmetic),
+          bwd_instance<BwdTile<Op, 96>>(arithmetic),  bwd_instance<BwdTile<Op, 128>>(arithmetic),
+          bwd_instance<BwdTile<Op, 192>>(arithmetic), bwd_instance<BwdTile<Op, 256>>(arithmetic)};
+}
+
+}  // namespace jca

@@ -1,0 +1,7 @@
+#include "launch/instantiate_sm80.h"
+
+namespace jca {
+
+InstanceRow sm80_bwd_tf32() { return bwd_row<sm80::Tf32<false>>(Arithmetic::kTf32); }
+
+}  // namespace jca

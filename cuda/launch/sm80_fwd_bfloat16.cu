@@ -1,0 +1,9 @@
+#include "launch/instantiate_sm80.h"
+
+namespace jca {
+
+// q^ and k^ in float16 for bfloat16 inputs too: unit vectors need no range, and the error of P falls
+// from about 0.3 % to 0.04 %.
+InstanceRow sm80_fwd_bfloat16() { return fwd_row<sm80::Half16<__half>, sm80::Half16<__nv_bfloat16>>(Arithmetic::kBfloat16); }
+
+}  // namespace jca

@@ -1,0 +1,63 @@
+"""l2 normalisation of rows, in one piece or in groups."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+EPS = 1e-6  # the norm is clamped here; a slice below it has gradient exactly zero
+
+
+def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """float64 for float64, float32 for every other float: sums are never kept in 16 bits."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def normalize(x: jax.Array, groups: int) -> jax.Array:
+    """`l2norm` in the accumulation dtype, without checks: what the implementations multiply."""
+    dtype = accumulation_dtype(x.dtype)
+    y = x.astype(dtype).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    # Squares of values beyond 1e19 overflow float32 and below 1e-19 vanish, so every slice is first
+    # divided by a power of two near its largest entry, which changes no digit. The quotient below
+    # does not depend on that divisor, hence no gradient through it.
+    largest = jnp.max(jnp.abs(lax.stop_gradient(y)), axis=-1, keepdims=True, initial=1e-30)
+    divisor = lax.reduce_precision(0.5 * largest, jnp.finfo(dtype).nexp, mantissa_bits=0)
+    unit = y / divisor
+    squares = jnp.sum(unit * unit, axis=-1, keepdims=True)
+    is_zero = lax.stop_gradient(jnp.sqrt(squares)) * divisor < EPS
+    norm = jnp.sqrt(jnp.where(is_zero, 1.0, squares))
+    return jnp.where(is_zero, lax.stop_gradient(y) / EPS, unit / norm).reshape(x.shape)
+
+
+def l2norm(x: jax.Array, groups: int = 1) -> jax.Array:
+    """x / max(||x||, 1e-6) over the last axis, or over each of `groups` equal slices of it.
+
+    Args:
+      x: [..., H], any float dtype. Norms are taken in float32 (float64 for float64) and neither
+        overflow nor underflow, whatever the magnitude of x.
+      groups: number of contiguous slices of H that are normalised separately.
+    Returns:
+      [..., H], dtype of x. Differentiable in every mode; a slice whose norm is below 1e-6 has
+      gradient exactly zero.
+    Raises:
+      TypeError: x is not floating point, or groups is not an integer.
+      ValueError: x has no axis, or groups does not divide H.
+    """
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"l2norm needs a floating-point array; got {x.dtype} {x.shape}")
+    if isinstance(groups, bool) or not isinstance(groups, int):
+        raise TypeError(f"groups must be an int; got {groups!r}")
+    if x.ndim == 0:
+        raise ValueError("l2norm needs an array of at least one axis; got shape ()")
+    if groups < 1 or x.shape[-1] % groups:
+        raise ValueError(
+            f"groups={groups} must be positive and divide H={x.shape[-1]}; got x {x.shape}"
+        )
+    return normalize(x, groups).astype(x.dtype)
+
+
+def l2norm_tensors(*xs: jax.Array, groups: int = 1) -> tuple[jax.Array, ...]:
+    """`l2norm` of each argument: `q, k = l2norm_tensors(q, k)`."""
+    return tuple(l2norm(x, groups) for x in xs)

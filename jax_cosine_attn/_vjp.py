@@ -1,0 +1,75 @@
+"""Attention with its hand-written backward, on top of the primitives."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from jax_cosine_attn import _primitive
+from jax_cosine_attn._config import Config, Operands
+
+# Differentiable operands whose gradient costs something extra.
+_OPTIONAL = ("scale", "bias", "relative_bias")
+
+
+def attention(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
+    """(out, lse) of a plain call: out in q's layout and dtype, lse [B, N, T]."""
+    return _attention(_vary_alike(ops), config)
+
+
+def _vary_alike(ops: Operands) -> Operands:
+    """Under shard_map, every operand varying over the mesh axes that any of them varies over.
+
+    The transpose of the cast sums the gradient of an operand that all devices share.
+    """
+    varying = {name: jax.typeof(x).manual_axis_type.varying for name, x in _arrays(ops).items()}
+    axes = frozenset().union(*varying.values())
+    return ops._replace(
+        **{
+            name: jax.lax.pcast(x, tuple(sorted(axes - varying[name], key=str)), to="varying")
+            for name, x in _arrays(ops).items()
+        }
+    )
+
+
+def _arrays(ops: Operands) -> dict[str, Any]:
+    return {name: x for name, x in ops._asdict().items() if x is not None}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _attention(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
+    return _primitive.fwd(ops, config)
+
+
+def _forward(ops: Any, config: Config) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    # With symbolic zeros each leaf comes as (value, perturbed). `wanted` must stay static, so it
+    # travels as the keys of a dict: part of the residuals' structure, not one of their arrays.
+    wanted = {name: None for name in _OPTIONAL if (x := getattr(ops, name)) and x.perturbed}
+    values = Operands(**{name: x.value for name, x in _arrays(ops).items()})
+    out, lse = _primitive.fwd(values, config)
+    # Names inside the rule, so that a checkpoint policy can keep exactly these residuals.
+    out = checkpoint_name(out, "cosine_attn_out")
+    lse = checkpoint_name(lse, "cosine_attn_lse")
+    return (out, lse), (values, out, lse, wanted)
+
+
+def _backward(config: Config, residuals: Any, cotangents: Any) -> tuple[Operands | None]:
+    ops, out, lse, wanted = residuals
+    dout, dlse = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
+    if dout is None and dlse is None:
+        return (None,)
+    if dout is None:
+        dout = jnp.zeros_like(out)
+    names = tuple(name for name in _OPTIONAL if name in wanted)
+    dq, dk, dv, *rest = _primitive.bwd(ops, out, lse, dout, dlse, config, names)
+    absent: Any = None  # no gradient: JAX reads None as zero
+    grads = Operands(dq, dk, dv, absent)
+    return (grads._replace(**dict(zip(names, rest, strict=True))),)
+
+
+_attention.defvjp(_forward, _backward, symbolic_zeros=True)

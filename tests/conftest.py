@@ -1,0 +1,45 @@
+"""XLA flags and the compilation cache, set before JAX starts; the `gpu` and `full` markers."""
+
+import functools
+import os
+from pathlib import Path
+
+import pytest
+
+# Eight host devices for the sharding tests; one thread per operation, because the suite runs in
+# several processes. Subprocesses of the tests inherit all of it.
+_XLA_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_cpu_multi_thread_eigen=false")
+_given = os.environ.get("XLA_FLAGS", "").split()
+os.environ["XLA_FLAGS"] = " ".join(_given + [flag for flag in _XLA_FLAGS if flag not in _given])
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "jax")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+# Several test processes share one GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="also run the full grids")
+
+
+@functools.cache
+def _why_no_gpu() -> str | None:
+    import jax
+
+    from jax_cosine_attn._ffi import build_problem
+
+    if jax.default_backend() != "gpu":
+        return f"needs a CUDA device; JAX runs on {jax.default_backend()}"
+    return build_problem()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--full"):
+        full = [item for item in items if item.get_closest_marker("full")]
+        if full:
+            config.hook.pytest_deselected(items=full)
+            items[:] = [item for item in items if item not in full]
+    for item in items:
+        if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
+            item.add_marker(pytest.mark.skip(reason=reason))

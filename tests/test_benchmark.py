@@ -1,0 +1,118 @@
+"""The benchmark: what a row holds, and what counts as the time of a call."""
+
+import json
+
+import bench_attention
+import pytest
+import timing
+from shapes import PRESETS, Shape
+from timing import Kernel
+
+TINY = ["--shape", "2", "4", "2", "16", "--seq-lens", "24", "--num-times", "2"]
+
+
+def run(tmp_path, *options):
+    file = tmp_path / "results" / "bench.json"
+    bench_attention.main([*TINY, *options, "--json", str(file), "--commit", "c0ffee"])
+    return json.loads(file.read_text())
+
+
+def test_runs_every_direction_and_mode_beside_xla(tmp_path, capsys):
+    content = run(tmp_path, "--causal", "--mask-prob", "0.3")
+    rows = content["rows"]
+    assert [(row["direction"], row["mode"], row["implementation"]) for row in rows] == [
+        (direction, mode, implementation)
+        for direction in ("fwd", "bwd")
+        for mode in ("kernel", "all-in")
+        for implementation in ("jax_cosine_attn", "xla")
+    ]
+    for row in rows:
+        assert row["ms"] > 0 and row["is_causal"] and row["masked"]
+        assert row["clock"].startswith(("wall", "device span"))
+    assert rows[0]["ms_over_ours"] == 1.0
+    assert content["commit"] == "c0ffee"
+    assert {"jax", "jaxlib"} <= content["versions"].keys()
+    assert {"date", "device", "backend"} <= content.keys()
+    assert "jax_cosine_attn" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("option", "direction"), [("--only-forwards", "fwd"), ("--only-backwards", "bwd")]
+)
+def test_one_direction_only(tmp_path, option, direction):
+    rows = run(tmp_path, option, "--modes", "kernel", "--peers")["rows"]
+    assert [row["direction"] for row in rows] == [direction]
+
+
+def test_failures_of_peers_are_rows(tmp_path, monkeypatch, capsys):
+    def out_of_memory(q, k, v):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 1 TiB")
+
+    def refuse(case):
+        raise bench_attention.Unsupported("no such thing")
+
+    peers = bench_attention.PEERS
+    monkeypatch.setitem(peers, "xla", lambda case: out_of_memory)
+    monkeypatch.setitem(peers, "cudnn", refuse)
+    options = ("--only-forwards", "--modes", "all-in", "--peers", "xla", "cudnn")
+    rows = run(tmp_path, *options)["rows"]
+    problems = [row.get("problem") for row in rows]
+    assert problems == [None, "out of memory", "Unsupported: no such thing"]
+    assert "out of memory" in capsys.readouterr().out
+
+
+def test_failures_of_this_library_fail(tmp_path, monkeypatch):
+    def broken(*args, **kwargs):
+        raise NotImplementedError("broken")
+
+    monkeypatch.setattr(bench_attention.jax_cosine_attn, "cosine_attention", broken)
+    with pytest.raises(NotImplementedError, match="broken"):
+        run(tmp_path, "--only-forwards")
+
+
+def test_lengths_that_the_preset_lacks_need_a_shape():
+    with pytest.raises(SystemExit, match="--shape"):
+        bench_attention.main(["--preset", "cpu", "--seq-lens", "7"])
+
+
+def test_flops():
+    shape = Shape(batch=2, seq_len=10, num_heads=3, num_heads_kv=1, head_dim=5)
+    assert shape.flops("fwd", is_causal=False) == 4 * 2 * 3 * 10 * 10 * 5
+    assert shape.flops("bwd", is_causal=True) == 2.5 * shape.flops("fwd", is_causal=False) / 2
+
+
+def test_16k_preset_keeps_tokens_and_width():
+    shapes = PRESETS["tokens16k"].shapes
+    assert {shape.batch * shape.seq_len for shape in shapes} == {16_384}
+    assert {shape.num_heads * shape.head_dim for shape in shapes} == {2048}
+
+
+MS = 1e6  # ns
+
+
+def test_span_counts_overlaps_once_and_gaps_in_full():
+    starts = [(0 * MS, "a"), (10 * MS, "b"), (20 * MS, "a")]
+    kernels = [
+        Kernel(1 * MS, 4 * MS, "norm"),
+        Kernel(2 * MS, 3 * MS, "inside"),
+        Kernel(5 * MS, 6 * MS, "after a gap"),
+        # The device's clock may be a little behind the host's.
+        Kernel(9.9 * MS, 11 * MS, "b"),
+        Kernel(21 * MS, 24 * MS, "norm"),
+        Kernel(22 * MS, 23 * MS, "inside"),
+        Kernel(25 * MS, 28 * MS, "after a gap"),
+    ]
+    timings = timing.spans(starts, kernels)
+    assert timings["a"].ms == pytest.approx((5 + 7) / 2)
+    assert timings["a"].kernels == ("norm", "inside", "after a gap")
+    assert timings["b"].ms == pytest.approx(1.1)
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [[Kernel(1 * MS, 2 * MS, "x")], [Kernel(t * MS, t * MS + 1, "x") for t in (1, 11, 12)]],
+    ids=["none-in-the-second", "different-numbers"],
+)
+def test_calls_that_the_trace_tells_apart_badly_are_refused(kernels):
+    with pytest.raises(timing.TraceError, match="calls of a"):
+        timing.spans([(0.0, "a"), (10 * MS, "a")], kernels)

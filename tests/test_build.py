@@ -1,0 +1,115 @@
+"""What was built and installed: version, extension, the compiler's log, the GPU record's tools."""
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+
+import gpu_record
+import pytest
+
+import jax_cosine_attn
+from jax_cosine_attn._ffi import build_problem
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_kernels = pytest.mark.skipif(build_problem() is not None, reason=str(build_problem()))
+
+
+def test_version_is_the_distributions():
+    assert jax_cosine_attn.__version__ == importlib.metadata.version("jax-cosine-attn")
+
+
+def test_package_is_typed():
+    assert (Path(jax_cosine_attn.__file__).parent / "py.typed").exists()
+
+
+@needs_kernels
+def test_targets_are_capsules():
+    from jax_cosine_attn import _cuda
+
+    registrations = _cuda.registrations()
+    assert {"jax_cosine_attn_fwd", "jax_cosine_attn_bwd"} <= registrations.keys()
+    assert {type(capsule).__name__ for capsule in registrations.values()} == {"PyCapsule"}
+
+
+def ptxas_log() -> str:
+    from jax_cosine_attn import _cuda
+
+    return (Path(_cuda.__file__).parent / "ptxas.log").read_text()
+
+
+def spilling_kernels(log: str) -> dict[str, int]:
+    """Bytes of spill stores and loads by the mangled names of the kernels that have any."""
+    spills: dict[str, int] = {}
+    pattern = (
+        r"Function properties for (\S+)\s+"
+        r"\d+ bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    )
+    for name, stores, loads in re.findall(pattern, log):
+        if bytes_spilled := int(stores) + int(loads):
+            spills[name] = max(bytes_spilled, spills.get(name, 0))
+    return spills
+
+
+def test_spills_are_read_from_the_log():
+    log = """
+ptxas info    : Function properties for _Zclean
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Function properties for _Zspills
+    16 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+"""
+    assert spilling_kernels(log) == {"_Zspills": 20}
+
+
+@needs_kernels
+def test_every_instance_is_in_the_compilers_log():
+    from jax_cosine_attn import _cuda
+
+    compiled = set(re.findall(r"Compiling entry function '(\S*cosine_attn_\S*)'", ptxas_log()))
+    assert len(compiled) >= len(_cuda.instances()) > 0
+
+
+@needs_kernels
+def test_no_spills_but_those_that_the_notes_explain():
+    notes = (ROOT / "cuda" / "kernels" / "NOTES.md").read_text()
+    explained = re.findall(r"^- spill: (\S+): \S", notes, re.MULTILINE)
+    spills = spilling_kernels(ptxas_log())
+    unexplained = {
+        name: spilled
+        for name, spilled in spills.items()
+        if not any(fragment in name for fragment in explained)
+    }
+    assert not unexplained
+    stale = [fragment for fragment in explained if not any(fragment in name for name in spills)]
+    assert not stale, "the notes explain spills that no kernel has"
+
+
+@needs_kernels
+def test_no_serialised_wgmma():
+    # C7510 to C7519: ptxas says that it serialised wgmma, or could not keep its registers.
+    assert not re.findall(r".*\bC75\d\d\b.*", ptxas_log())
+
+
+JUNIT = """<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10"/></testsuites>"""
+
+
+def test_gpu_record_counts_and_checks(tmp_path, monkeypatch, capsys):
+    junit, record = tmp_path / "junit.xml", tmp_path / "record.json"
+    junit.write_text(JUNIT)
+    monkeypatch.setattr(gpu_record, "RECORD", record)
+    gpu_record.check()
+    assert "no tests/gpu_record.json" in capsys.readouterr().out
+
+    gpu_record.write(junit, "c0ffee", record)
+    content = json.loads(record.read_text())
+    assert (content["passed"], content["failed"], content["skipped"]) == (4, 3, 3)
+    assert content["commit"] == "c0ffee"
+    gpu_record.check()
+    assert "3 tests" in capsys.readouterr().out
+
+    record.write_text(json.dumps(content | {"failed": 0}))
+    gpu_record.check()
+    assert "same kernels" in capsys.readouterr().out
+    record.write_text(json.dumps(content | {"failed": 0, "kernel_hash": "other"}))
+    gpu_record.check()
+    assert "the kernels have changed" in capsys.readouterr().out

@@ -1,0 +1,286 @@
+"""What a call compiles to for CUDA, from any machine: no GPU and no compiled kernels needed."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jax_cosine_attn import _ffi, cosine_attention, flash_cosine_sim_attention, why_not
+
+B, T, S, N, K, H = 2, 5, 7, 4, 2, 8
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """A build with kernels; lowering only names their targets."""
+    monkeypatch.setattr(_ffi, "build_problem", lambda: None)
+
+
+@pytest.fixture
+def no_kernels(monkeypatch):
+    monkeypatch.setattr(_ffi, "build_problem", lambda: "built without CUDA kernels")
+
+
+def arrays(dtype=jnp.bfloat16):
+    shapes = ((B, T, N, H), (B, S, K, H), (B, S, K, H))
+    return tuple(jax.ShapeDtypeStruct(shape, dtype) for shape in shapes)
+
+
+def lowered(f, *args, platform="cuda"):
+    return jax.jit(f).trace(*args).lower(lowering_platforms=(platform,)).as_text()
+
+
+def calls(text, target):
+    """The custom calls of `target`, one line each."""
+    return re.findall(rf"stablehlo\.custom_call @{target}\(.*", text)
+
+
+def attributes(call):
+    return dict(re.findall(r"(\w+) = ([^,}]+)", re.search(r"config = \{(.*?)\}", call)[1]))
+
+
+def signature(call):
+    """Types of the operands and of the results."""
+    operands, results = call.rsplit(" : ", 1)[1].split(" -> ")
+    return re.findall(r"tensor<(\S+?)>", operands), re.findall(r"tensor<(\S+?)>", results)
+
+
+def grad(f, argnums):
+    return jax.grad(lambda *args: f(*args).astype(jnp.float32).sum(), argnums)
+
+
+def test_forward(kernels):
+    text = lowered(lambda q, k, v: cosine_attention(q, k, v, is_causal=True), *arrays())
+    (call,) = calls(text, "jax_cosine_attn_fwd")
+    operands, results = signature(call)
+    assert operands[:4] == ["2x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16", "1x4xf32"]
+    assert results[:2] == ["2x5x4x8xbf16", "2x4x5xf32"]
+    found = attributes(call)
+    assert found["is_causal"] == "true"
+    assert found["heads_first"] == "false"
+    assert found["l2norm_qk"] == "true"
+    assert found["groups"] == "1 : i32"
+    assert found["precision"] == "0 : i32"
+
+
+def test_attributes_follow_the_arguments(kernels):
+    text = lowered(
+        lambda q, k, v: cosine_attention(
+            q, k, v, l2norm_qk=False, l2norm_groups=2, scale=5.0, precision="highest"
+        ),
+        *arrays(jnp.float32),
+    )
+    (call,) = calls(text, "jax_cosine_attn_fwd")
+    found = attributes(call)
+    assert found["l2norm_qk"] == "false"
+    assert found["groups"] == "2 : i32"
+    assert found["precision"] == "2 : i32"
+
+
+def test_backward(kernels):
+    f = grad(lambda q, k, v: cosine_attention(q, k, v), (0, 1, 2))
+    text = lowered(f, *arrays())
+    assert len(calls(text, "jax_cosine_attn_fwd")) == 1
+    (call,) = calls(text, "jax_cosine_attn_bwd")
+    operands, results = signature(call)
+    assert operands[:3] == ["2x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16"]
+    assert results[:3] == ["2x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16"]
+
+
+def test_padding_masks_and_lengths(kernels):
+    def f(q, k, v, mask, lengths):
+        return cosine_attention(
+            q, k, v, mask=mask, query_seq_lengths=lengths, key_value_seq_lengths=lengths
+        )
+
+    mask = jax.ShapeDtypeStruct((B, 1, 1, S), bool)
+    text = lowered(f, *arrays(), mask, jax.ShapeDtypeStruct((B,), jnp.int32))
+    (call,) = calls(text, "jax_cosine_attn_fwd")
+    operands, _ = signature(call)
+    assert operands[4:7] == ["2x1x1x7xi1", "2xi32", "2xi32"]
+
+
+def test_vmap_merges_into_one_call_and_repeats_nothing(kernels):
+    """q mapped: batch 2 * 3; keys shared by the instances keep their own batch."""
+
+    def f(q, k, v):
+        return jax.vmap(cosine_attention, (0, None, None))(q, k, v)
+
+    q, k, v = arrays()
+    text = lowered(f, jax.ShapeDtypeStruct((3, *q.shape), q.dtype), k, v)
+    (call,) = calls(text, "jax_cosine_attn_fwd")
+    operands, results = signature(call)
+    assert operands[:3] == ["6x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16"]
+    assert results[:2] == ["6x5x4x8xbf16", "6x4x5xf32"]
+    assert "[1, 3, 3, 3, 1, 1, 1]" in call
+    assert "7x2x8" not in "".join(
+        re.findall(r"stablehlo\.(?:broadcast|gather|concatenate).*", text)
+    )
+
+
+def test_vmap_of_grad(kernels):
+    q, k, v = (jax.ShapeDtypeStruct((3, *x.shape), x.dtype) for x in arrays())
+    text = lowered(jax.vmap(grad(cosine_attention, (0, 1, 2))), q, k, v)
+    (call,) = calls(text, "jax_cosine_attn_bwd")
+    _, results = signature(call)
+    assert results[:3] == ["6x5x4x8xbf16", "6x7x2x8xbf16", "6x7x2x8xbf16"]
+
+
+def test_learned_scale_is_an_operand_with_a_gradient(kernels):
+    def f(q, k, v, scale):
+        return cosine_attention(q, k, v, scale=scale, scale_bound=11.0)
+
+    scale = jax.ShapeDtypeStruct((N,), jnp.float32)
+    (call,) = calls(lowered(grad(f, (0, 3)), *arrays(), scale), "jax_cosine_attn_bwd")
+    operands, results = signature(call)
+    assert operands[3] == "1x4xf32"
+    assert results[3] == "1x4xf32"
+    (call,) = calls(lowered(grad(f, 0), *arrays(), scale), "jax_cosine_attn_bwd")
+    assert signature(call)[1][3] == "0xf32"
+
+
+def test_original_layout_is_passed_through_without_transposes(kernels):
+    q, k, v = (
+        jax.ShapeDtypeStruct((x.shape[0], x.shape[2], x.shape[1], H), x.dtype) for x in arrays()
+    )
+    text = lowered(grad(flash_cosine_sim_attention, (0, 1, 2)), q, k, v)
+    for target in ("jax_cosine_attn_fwd", "jax_cosine_attn_bwd"):
+        (call,) = calls(text, target)
+        assert attributes(call)["heads_first"] == "true"
+        assert signature(call)[0][:3] == ["2x4x5x8xbf16", "2x2x7x8xbf16", "2x2x7x8xbf16"]
+    assert "transpose" not in text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+@pytest.mark.parametrize(("perturbed", "dbias"), [(0, False), ((0, 3), True)])
+def test_constant_bias_computes_no_dbias(platform, perturbed, dbias):
+
+    def f(q, k, v, bias):
+        return cosine_attention(q, k, v, bias)
+
+    bias = jax.ShapeDtypeStruct((1, N, T, S), jnp.float16)  # the one array of this dtype
+    jaxpr = str(jax.make_jaxpr(grad(f, perturbed))(*arrays(jnp.float32), bias))
+    assert ("wanted=('bias',)" in jaxpr) is dbias
+    text = lowered(grad(f, perturbed), *arrays(jnp.float32), bias, platform=platform)
+    assert ("(tensor<1x4x5x7xf32>) -> tensor<1x4x5x7xf16>" in text) is dbias
+
+
+# Choice of implementation.
+
+
+@pytest.mark.parametrize("implementation", [None, ("cuda", "xla"), ("xla", "cuda"), "xla"])
+def test_blockwise_where_there_are_no_kernels(no_kernels, implementation):
+    f = grad(lambda q, k, v: cosine_attention(q, k, v, implementation=implementation), (0, 1, 2))
+    text = lowered(f, *arrays())
+    assert "jax_cosine_attn" not in text
+    assert "stablehlo.while" in text or "stablehlo.dot_general" in text
+
+
+def test_cuda_without_kernels_is_an_error(no_kernels):
+    with pytest.raises(NotImplementedError, match="built without CUDA kernels"):
+        lowered(lambda q, k, v: cosine_attention(q, k, v, implementation="cuda"), *arrays())
+
+
+def test_cuda_for_another_platform_is_an_error_when_lowered(kernels):
+    traced = jax.jit(lambda q, k, v: cosine_attention(q, k, v, implementation="cuda")).trace(
+        *arrays()
+    )
+    assert "jax_cosine_attn_fwd" in traced.lower(lowering_platforms=("cuda",)).as_text()
+    with pytest.raises(NotImplementedError, match="can only be lowered for CUDA"):
+        traced.lower(lowering_platforms=("cpu",))
+
+
+def test_one_program_for_several_platforms(kernels):
+    traced = jax.jit(grad(cosine_attention, (0, 1, 2))).trace(*arrays())
+    text = traced.lower(lowering_platforms=("cpu", "cuda")).as_text()
+    assert calls(text, "jax_cosine_attn_fwd")
+    assert calls(text, "jax_cosine_attn_bwd")
+    assert "stablehlo.dot_general" in text
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda"])
+def test_reference_as_the_fallback_of_cuda(kernels, platform):
+    f = grad(lambda q, k, v: cosine_attention(q, k, v, implementation=("cuda", "reference")), 0)
+    text = lowered(f, *arrays(), platform=platform)
+    assert bool(calls(text, "jax_cosine_attn_fwd")) is (platform == "cuda")
+    assert bool(calls(text, "jax_cosine_attn_bwd")) is (platform == "cuda")
+
+
+def test_reference_where_cuda_refuses(kernels):
+    def f(q, k, v):
+        return cosine_attention(q, k, v, scale=100.0, implementation=("cuda", "reference", "xla"))
+
+    text = lowered(f, *arrays())
+    assert "jax_cosine_attn" not in text
+
+
+UNSUPPORTED = {
+    "float64": ("float64", {}),
+    "bias": ("bias", {"bias": jax.ShapeDtypeStruct((T, S), jnp.float32)}),
+    "relative_bias": ("relative_bias", {"relative_bias": jnp.ones((N, T + S - 1))}),
+    "full-mask": ("key-padding masks only", {"mask": jax.ShapeDtypeStruct((T, S), bool)}),
+    "segments": (
+        "segment_ids",
+        {"segment_ids": (jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32))},
+    ),
+    "window": ("local_window_size", {"local_window_size": 2}),
+    "deterministic": ("deterministic", {"deterministic": True}),
+    "large-scale": ("<= 63 for bfloat16, got 64", {"scale": 64.0}),
+    "large-bound": ("got 120", {"scale": 60.0, "l2norm_groups": 2}),
+    "float16-scale": ("<= 11 for float16, got 11.5", {"scale": 11.5}),
+    "unbounded": ("scale_bound", {"scale": jax.ShapeDtypeStruct((N,), jnp.float32)}),
+}
+
+
+@pytest.mark.parametrize(("reason", "options"), UNSUPPORTED.values(), ids=UNSUPPORTED)
+def test_what_the_kernels_do_not_do(kernels, reason, options, request):
+    """Named by "cuda" and by why_not; None lowers to the blockwise implementation."""
+    dtype = {"float16-scale": jnp.float16, "float64": jnp.float64}.get(
+        request.node.callspec.id, jnp.bfloat16
+    )
+    with jax.enable_x64(dtype == jnp.float64):
+        q, k, v = arrays(dtype)
+        reason = re.escape(reason)
+        assert re.search(reason, why_not("cuda", q, k, v, **options))
+        assert why_not("xla", q, k, v, **options) is None
+        assert why_not("reference", q, k, v, **options) is None
+        assert why_not(None, q, k, v, **options) is None
+        traced = {name: x for name, x in options.items() if isinstance(x, jax.ShapeDtypeStruct)}
+        static = {name: x for name, x in options.items() if name not in traced}
+
+        def f(q, k, v, traced, implementation=None):
+            return cosine_attention(q, k, v, **traced, **static, implementation=implementation)
+
+        with pytest.raises(NotImplementedError, match=reason):
+            jax.eval_shape(lambda *args: f(*args, implementation="cuda"), q, k, v, traced)
+        if dtype != jnp.float64:
+            assert "jax_cosine_attn" not in lowered(f, q, k, v, traced)
+
+
+def test_xla_flags_ask_for_deterministic_kernels(kernels, monkeypatch):
+    q, k, v = arrays()
+    assert why_not("cuda", q, k, v) is None
+    for flags, deterministic in [
+        ("--xla_gpu_deterministic_ops=true", True),
+        ("--xla_gpu_deterministic_ops", True),
+        ("--xla_gpu_exclude_nondeterministic_ops=1", True),
+        ("--xla_gpu_deterministic_ops=true --xla_gpu_deterministic_ops=false", False),
+        ("--xla_gpu_deterministic_ops=false", False),
+        ("--xla_cpu_multi_thread_eigen=false", False),
+    ]:
+        monkeypatch.setenv("XLA_FLAGS", flags)
+        assert (why_not("cuda", q, k, v) is not None) is deterministic, flags
+
+
+def test_why_not_names_the_build(no_kernels):
+    assert why_not("cuda", *arrays()) == "built without CUDA kernels"
+    assert why_not(("cuda",), *arrays()) == "built without CUDA kernels"
+    assert why_not(("cuda", "xla"), *arrays()) is None
+
+
+def test_empty_calls_need_no_kernel_launch(kernels):
+    q, k, v = arrays()
+    k = v = jax.ShapeDtypeStruct((B, 0, K, H), k.dtype)
+    text = lowered(lambda *a: cosine_attention(*a, implementation="cuda"), q, k, v)
+    assert "custom_call" not in text
