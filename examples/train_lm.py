@@ -42,7 +42,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seq_len": 128,
         "batch_size": 16,
         "steps": 800,
-        "warmup": 50,
         "lr": 3e-3,
         "eval_every": 100,
         "sample_every": 400,
@@ -57,8 +56,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "seq_len": 8192,
         "batch_size": 8,
         "dtype": "bfloat16",
+        "remat": True,
         "steps": 10_000,
-        "warmup": 500,
         "eval_windows": 32,
     },
 }
@@ -99,11 +98,11 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seq-len", type=int, default=512, help="bytes of context")
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the computation")
     add("--remat", action="store_true", help="recompute blocks in the backward pass")
-    add("--batch-size", type=int, default=32, help="windows a step")
+    add("--batch-size", type=int, help="windows a step; default: as many as make 16384 bytes")
     add("--steps", type=int, default=5000, help="length of training and of its schedule")
     add("--max-minutes", type=float, default=None, help="stop earlier, with a checkpoint")
     add("--lr", type=float, default=1e-3, help="largest learning rate")
-    add("--warmup", type=int, default=200, help="steps up to it, then a cosine down to a tenth")
+    add("--warmup", type=int, help="steps up to it, a cosine to a tenth follows; default: steps/20")
     add("--eval-every", type=int, default=250, help="steps")
     add("--eval-windows", type=int, default=256, help="windows of validation data")
     add("--sample-every", type=int, default=1000, help="steps")
@@ -111,6 +110,10 @@ def parse_options(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--checkpoint-every", type=int, default=1000, help="steps")
     parser.set_defaults(**vars(chosen), **PRESETS.get(chosen.preset, {}))
     options = parser.parse_args(rest)
+    if options.batch_size is None:
+        options.batch_size = max(2**14 // max(options.seq_len, 1), 1)
+    if options.warmup is None:
+        options.warmup = options.steps // 20
     problem = _problem(options)
     if problem:
         parser.error(problem)
@@ -132,8 +135,9 @@ def _add_option(parser: argparse.ArgumentParser, name: str, *, help: str, **deta
 def _problem(options: argparse.Namespace) -> str | None:
     """What is wrong with the options, if anything."""
     for name, value in vars(options).items():
-        if type(value) is int and value < 1 and name not in ("seed", "warmup"):
-            return f"--{name.replace('_', '-')} must be at least 1, got {value}"
+        least = 0 if name in ("seed", "warmup") else 1
+        if type(value) is int and value < least:
+            return f"--{name.replace('_', '-')} must be at least {least}, got {value}"
     if options.width % (2 * options.heads):
         return f"--width {options.width} must be an even multiple of --heads {options.heads}"
     if (options.width // options.heads) % options.l2norm_groups:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 
 import jax
 import jax.numpy as jnp
@@ -353,12 +354,16 @@ class TestDecode:
         module.init_cache((B, 1000, FEATURES))
         graphdef, state = nnx.split(module)
 
-        def step(state, x):
-            return nnx.merge(graphdef, state)(x, decode=True)
+        def operands(**call):
+            def step(state, x):
+                return nnx.merge(graphdef, state)(x, decode=True, **call)
 
-        text = str(jax.make_jaxpr(step)(state, x))
-        assert "cosine_attn_fwd" in text
-        assert "bool[2,1,1,1000]" not in text
+            return re.findall(r"fields=\((.*?)\)", str(jax.make_jaxpr(step)(state, x)))
+
+        (names,) = operands()
+        assert "'kv_lengths'" in names
+        assert "'mask'" not in names
+        assert all("'mask'" in names for names in operands(mask=jnp.ones((1, 1, 1, 1000), bool)))
 
     def test_overflow(self):
         module, x = make(), normal(B, T, FEATURES)

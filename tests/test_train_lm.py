@@ -137,11 +137,21 @@ class TestOptions:
         assert options.layers == train_lm.PRESETS["demo"]["layers"]
         assert options.steps == 7
 
+    def test_warmup_defaults_to_a_part_of_the_steps(self):
+        assert train_lm.parse_options(["--steps=100"]).warmup == 5
+
+    def test_batch_defaults_to_a_number_of_bytes(self):
+        assert train_lm.parse_options(["--seq-len=1024"]).batch_size == 16
+        assert train_lm.parse_options(["--seq-len=8192"]).batch_size == 2
+        assert train_lm.parse_options(["--seq-len=100000"]).batch_size == 1
+
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
             (["--preset=none"], "invalid choice: 'none'"),
             (["--data=/nowhere"], "--data /nowhere is not a file"),
+            (["--seq-len=0"], "--seq-len must be at least 1, got 0"),
+            (["--seed=-1"], "--seed must be at least 0, got -1"),
             (["--layers=0"], "--layers must be at least 1, got 0"),
             (["--width=100", "--heads=8"], "--width 100 must be an even multiple of --heads 8"),
             (["--l2norm-groups=5"], "--l2norm-groups 5 must divide the head dim 64"),

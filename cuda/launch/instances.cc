@@ -17,9 +17,9 @@ const char* name(Arithmetic arithmetic) {
     case Arithmetic::kBfloat16:
       return "bfloat16";
     case Arithmetic::kTf32:
-      return "float32 (tf32)";
+      return "tf32";
     case Arithmetic::kThreeTf32:
-      return "float32 (3xtf32)";
+      return "3xtf32";
   }
   return "?";
 }

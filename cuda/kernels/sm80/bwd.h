@@ -25,7 +25,7 @@ struct BwdTile {
   static constexpr int kBlockN = kIsFloat ? (kHeadDim <= 128 ? 64 : 32) : (kHeadDim <= 128 ? 128 : 64);
   static constexpr int kStages = (kHeadDim == 256 || (kIsFloat && kHeadDim == 96)) ? 1 : 2;
   // S and dP [kBlockM, kBlockN]
-  static constexpr int kWarpsSM = kIsFloat ? (kBlockM == 64 ? 4 : 2) : (kBlockN == 128 ? 2 : 4);
+  static constexpr int kWarpsSM = kBlockM == 64 ? 4 : 2;
   // dk and dv [kBlockN, kHeadDim]
   static constexpr int kWarpsKM = kBlockN == 32 ? 2 : 4;
   // dq [kBlockM, kHeadDim]
@@ -53,7 +53,7 @@ struct WarpBlock {
 
 // Grid: x = key blocks * K * B, the key block running fastest.
 template <class Tile>
-__global__ void __launch_bounds__(kThreads) cosine_attn_bwd_sm80(const BwdParams params) {
+__global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdParams params) {
   using Op = typename Tile::Op;
   using T = typename Op::T;
   constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
@@ -170,38 +170,43 @@ __global__ void __launch_bounds__(kThreads) cosine_attn_bwd_sm80(const BwdParams
     {
       const WarpBlock<kBlockM, kBlockN, Tile::kWarpsSM> at;
       constexpr int kM = decltype(at)::kM, kN = decltype(at)::kN;
-      float rS[kM][kN][4] = {}, rdP[kM][kN][4] = {};
-      warp_gemm<Op, false, false>(rS, sQ, at.m0, sK, at.n0);
-      warp_gemm<Op, false, false>(rdP, sdO, at.m0, sV, at.n0);
+      float rP[kM][kN][4] = {}, rdP[kM][kN][4] = {};
+      warp_gemm<Op, false, false>(rP, sQ, at.m0, sK, at.n0);
 
       const uint8_t* key_mask = p.key_mask.row(b, head);
       const bool all_allowed =
           key_mask == nullptr && visible.all_allowed(m0, m0 + kBlockM, n0, n0 + kBlockN);
+      // Visits this thread's pairs of neighbouring elements: row and column in the tile.
+      const auto for_each_pair = [&](auto f) {
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
+        for (int m = 0; m < kM; ++m)
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int r = at.m0 + m * 16 + lane / 4 + half * 8;
-          const float lse = sLse[r], delta = sDelta[r];
+          for (int half = 0; half < 2; ++half)
 #pragma unroll
-          for (int n = 0; n < kN; ++n) {
-            const int c = at.n0 + n * 8 + 2 * (lane % 4);
-            float P[2], dS[2];
+            for (int n = 0; n < kN; ++n)
+              f(m, n, half * 2, at.m0 + m * 16 + lane / 4 + half * 8,
+                at.n0 + n * 8 + 2 * (lane % 4));
+      };
+      if (!all_allowed) {
+        for_each_pair([&](int m, int n, int e, int r, int c) {
 #pragma unroll
-            for (int e = 0; e < 2; ++e) {
-              float S = rS[m][n][half * 2 + e];
-              if (!all_allowed && (!visible.allowed(m0 + r, n0 + c + e) ||
-                                   (key_mask != nullptr && !key_mask[n0 + c + e]))) {
-                S = -INFINITY;
-              }
-              P[e] = ptx::ex2(S - lse);
-              dS[e] = P[e] * (rdP[m][n][half * 2 + e] - delta);
+          for (int x = 0; x < 2; ++x) {
+            if (!visible.allowed(m0 + r, n0 + c + x) || (key_mask && !key_mask[n0 + c + x])) {
+              rP[m][n][e + x] = -INFINITY;
             }
-            Op::store2(sP.at(r, c), P[0], P[1]);
-            Op::store2(sdS.at(r, c), dS[0], dS[1]);
           }
-        }
+        });
       }
+      for_each_pair([&](int m, int n, int e, int r, int c) {
+        rP[m][n][e] = ptx::ex2(rP[m][n][e] - sLse[r]);
+        rP[m][n][e + 1] = ptx::ex2(rP[m][n][e + 1] - sLse[r]);
+        Op::store2(sP.at(r, c), rP[m][n][e], rP[m][n][e + 1]);
+      });
+      warp_gemm<Op, false, false>(rdP, sdO, at.m0, sV, at.n0);
+      for_each_pair([&](int m, int n, int e, int r, int c) {
+        Op::store2(sdS.at(r, c), rP[m][n][e] * (rdP[m][n][e] - sDelta[r]),
+                   rP[m][n][e + 1] * (rdP[m][n][e + 1] - sDelta[r]));
+      });
     }
     __syncthreads();  // P and dS are complete
 
@@ -210,21 +215,26 @@ __global__ void __launch_bounds__(kThreads) cosine_attn_bwd_sm80(const BwdParams
     {
       const WarpBlock<kBlockM, kHeadDim, Tile::kWarpsQM> at;
       constexpr int kM = decltype(at)::kM, kN = decltype(at)::kN;
-      float rdQ[kM][kN][4] = {};
-      warp_gemm<Op, false, true>(rdQ, sdS, at.m0, sK, at.n0);
+      // 32 columns at a time: dk and dv already hold half of the registers at H = 128 and 256.
+      constexpr int kPart = kN % 4 == 0 ? 4 : kN;
       float* dq = params.dq_accum + (b * p.num_heads + head) * p.seqlen_q * int64_t(p.head_dim_padded);
+#pragma unroll 1
+      for (int n1 = at.n0; n1 < at.n0 + kN * 8; n1 += kPart * 8) {
+        float rdQ[kM][kPart][4] = {};
+        warp_gemm<Op, false, true>(rdQ, sdS, at.m0, sK, n1);
 #pragma unroll
-      for (int m = 0; m < kM; ++m) {
+        for (int m = 0; m < kM; ++m) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int i = m0 + at.m0 + m * 16 + lane / 4 + half * 8;
-          if (i >= visible.seqlen_q) continue;
+          for (int half = 0; half < 2; ++half) {
+            const int i = m0 + at.m0 + m * 16 + lane / 4 + half * 8;
+            if (i >= visible.seqlen_q) continue;
 #pragma unroll
-          for (int n = 0; n < kN; ++n) {
-            const int h = at.n0 + n * 8 + 2 * (lane % 4);
-            if (h < p.head_dim_padded) {
-              ptx::red_add_f32x2(dq + int64_t(i) * p.head_dim_padded + h, rdQ[m][n][half * 2],
-                                 rdQ[m][n][half * 2 + 1]);
+            for (int n = 0; n < kPart; ++n) {
+              const int h = n1 + n * 8 + 2 * (lane % 4);
+              if (h < p.head_dim_padded) {
+                ptx::red_add_f32x2(dq + int64_t(i) * p.head_dim_padded + h, rdQ[m][n][half * 2],
+                                   rdQ[m][n][half * 2 + 1]);
+              }
             }
           }
         }

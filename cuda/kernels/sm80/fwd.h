@@ -20,6 +20,8 @@ struct FwdTile {
   static constexpr int kBlockM = kWarps * 16;
   static constexpr int kBlockN =
       kIsFloat ? (kHeadDim <= 128 ? 64 : kHeadDim <= 192 ? 32 : 16) : (kHeadDim <= 192 ? 64 : 32);
+  // Two CTAs on an SM hide each other's softmax; beyond H = 64 the accumulators leave room for one.
+  static constexpr int kMinBlocks = !kIsFloat && kHeadDim <= 64 ? 2 : 1;
   using TileQ = SmemTile<typename OpS::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename OpS::T, kBlockN, kHeadDim>;
   using TileV = SmemTile<typename OpV::T, kBlockN, kHeadDim>;
@@ -29,7 +31,7 @@ struct FwdTile {
 // Grid: x = query blocks * N * B, the query block running fastest and from the last one down, so that
 // causal blocks with the most keys start first.
 template <class Tile>
-__global__ void __launch_bounds__(kThreads) cosine_attn_fwd_sm80(const FwdParams params) {
+__global__ void __launch_bounds__(kThreads, Tile::kMinBlocks) cosine_attn_fwd_sm80(const FwdParams params) {
   using OpS = typename Tile::OpS;
   using OpV = typename Tile::OpV;
   using TS = typename OpS::T;

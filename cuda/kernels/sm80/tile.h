@@ -206,7 +206,9 @@ __device__ inline void warp_gemm(float (&c)[kM][kN][4], const TileA& tile_a, int
                                  const TileB& tile_b, int n0) {
   constexpr int kDepth = kTransA ? TileA::kRows : TileA::kCols;
   constexpr int kPair = kN % 2 == 0 ? 2 : 1;  // few B fragments at a time: registers
-#pragma unroll
+  // Full unrolling hoists every ldmatrix address out of the callers' loops, into registers that the
+  // accumulators need (up to 430 bytes of spills).
+#pragma unroll 2
   for (int k0 = 0; k0 < kDepth; k0 += Op::kK) {
     typename Op::A a[kM];
 #pragma unroll
@@ -263,7 +265,7 @@ struct SourceRow {
 // on are zeros. Source rows are 16-byte aligned and `cols` is a multiple of 8.
 template <class Tile, class Source>
 __device__ inline void load_tile_async(const Tile& tile, int cols, Source source) {
-#pragma unroll
+#pragma unroll 2
   for (int i = threadIdx.x; i < Tile::kRows * Tile::kChunks; i += kThreads) {
     const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
     const SourceRow<typename Tile::T> from = source(row);
