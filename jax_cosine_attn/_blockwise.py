@@ -67,9 +67,13 @@ class _Call:
         if config.is_causal:
             self.right = 0 if self.right is None else min(self.right, 0)
 
+        # Where one axis is short, the other's blocks are longer, but not so long that lengths and
+        # causal have nothing left to skip.
         area = BLOCK * BLOCK
-        self.block_q = _block_size(self.t, max(BLOCK, area // self.s))
-        self.block_k = _block_size(self.s, max(BLOCK, area // self.t))
+        self.block_q, self.block_k = (
+            _block_size(length, min(max(BLOCK, area // other), 4 * BLOCK))
+            for length, other in ((self.t, self.s), (self.s, self.t))
+        )
         heads = max(1, HEADS_PER_STEP * area // (self.n * self.block_q * self.block_k))
         # Chunks must tile the batch, and each gradient's batch or be tiled by it (entry b of the
         # call goes to entry b % grad_batch).
@@ -94,9 +98,6 @@ class _Call:
         if ops.relative_bias is not None and self.has_lengths:
             self.relative_bias = self.rolled(self.expanded(ops.relative_bias, "relative_bias"), -1)
             self.relative_div = 1
-        self.q, self.k = (
-            normalize(x, config.groups) if config.l2norm_qk else x for x in (ops.q, ops.k)
-        )
 
     def expanded(self, x: jax.Array, field: str) -> jax.Array:
         """Operand `field` with the full batch."""
@@ -267,8 +268,14 @@ class _Call:
         x = x if bias is None else x + bias
         return x if allowed is None else jnp.where(allowed, x, -jnp.inf)
 
+    def unit(self, x: jax.Array) -> jax.Array:
+        return normalize(x, self.config.groups) if self.config.l2norm_qk else x
+
+    def unit_k(self, block: Block) -> jax.Array:
+        return self.unit(self.read_heads(self.ops.k, self.k_axes, block, self.div["k"]))
+
     def scaled_q(self, block: Block) -> jax.Array:
-        q = self.read_heads(self.q, self.q_axes, block, self.div["q"])
+        q = self.unit(self.read_heads(self.ops.q, self.q_axes, block, self.div["q"]))
         return q * self.read(self.scale, "bn", block)[..., None, None]
 
     def live_keys(self, x: jax.Array, allowed: jax.Array | None) -> jax.Array:
@@ -284,9 +291,9 @@ class _Call:
     def scan(
         self, step: Callable[..., tuple], accumulators: tuple[tuple[str, jax.Array], ...]
     ) -> tuple[jax.Array, ...]:
-        """Runs `step(block, edge, *blocks of the accumulators) -> their new values` over all blocks.
+        """The accumulators, pairs of axes and initial value, after `step` has seen all blocks.
 
-        Accumulators are pairs of axes and initial value.
+        `step(block, edge, *their blocks)` returns the new values of their blocks.
         """
         axes = [a for a, _ in accumulators]
 
@@ -322,15 +329,17 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
     """
     call = _Call(ops, config)
     rows = (call.batch, call.n, call.t)
-    is_bounded = config.bound is not None and config.bound <= MAX_CONSTANT_SHIFT
-    # Rows that the caller normalised (or did not) give no bound to rely on.
-    needs_max = not is_bounded or not config.l2norm_qk
-    needs_max = needs_max or ops.bias is not None or ops.relative_bias is not None
+    # The bound holds for rows normalised here and for logits without a bias.
+    is_bounded = config.l2norm_qk and ops.bias is None and ops.relative_bias is None
+    bound = math.inf if config.bound is None or not is_bounded else config.bound
+    needs_max = bound > MAX_CONSTANT_SHIFT
 
-    def step(block: Block, edge: bool, pv: jax.Array, row_sum: jax.Array, *row_max: jax.Array):
+    def step(
+        block: Block, edge: bool, pv: jax.Array, row_sum: jax.Array, *row_max: jax.Array
+    ) -> tuple[jax.Array, ...]:
         bias = call.bias(block)
         allowed = call.allowed(block, edge, bias)
-        k = call.read_heads(call.k, call.k_axes, block, call.div["k"])
+        k = call.unit_k(block)
         v = call.live_keys(call.read_heads(ops.v, call.k_axes, block, call.div["v"]), allowed)
         logits = call.logits(call.scaled_q(block), k, bias, allowed)
         if needs_max:
@@ -341,11 +350,11 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
             pv, row_sum, row_max = pv * decay[..., None], row_sum * decay, (new_max,)
             weights = jnp.exp(logits - shift[..., None])
         else:
-            weights = jnp.exp(logits - config.bound)
+            weights = jnp.exp(logits - bound)
         pv = pv + call.product("rs,sh->rh", weights, v)
         return pv, row_sum + weights.sum(axis=-1), *row_max
 
-    accumulators = (
+    accumulators: tuple[tuple[str, jax.Array], ...] = (
         ("bnth", jnp.zeros((*rows, call.h), call.dtype)),
         ("bnt", jnp.zeros(rows, call.dtype)),
     )
@@ -354,7 +363,7 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
     pv, row_sum, *row_max = call.scan(step, accumulators)
     is_dead = row_sum == 0
     row_sum = jnp.where(is_dead, 1, row_sum)
-    shift = row_max[0] if needs_max else config.bound
+    shift = row_max[0] if needs_max else bound
     lse = jnp.where(is_dead, -jnp.inf, shift + jnp.log(row_sum))
     return _layout((pv / row_sum[..., None]).astype(ops.v.dtype), config), lse
 
@@ -378,7 +387,7 @@ def blockwise_bwd(
       wanted: subsequence of ("scale", "bias", "relative_bias").
       grad_batch: leading dim of each wanted gradient; batch entry b adds to entry b % grad_batch.
     Returns:
-      dq, dk, dv of the raw q, k, v, full batch, then the wanted gradients in their operands' dtypes.
+      dq, dk, dv of the raw q, k, v, full batch, then the wanted gradients; dtypes of the operands.
     """
     batch_of = dict(zip(wanted, grad_batch, strict=True))
     lengths = ops.q_lengths is not None or ops.kv_lengths is not None
@@ -393,11 +402,13 @@ def blockwise_bwd(
     delta = jnp.where(is_dead, 0, products if dlse is None else products - dlse)
     tensor_grads = [name for name in wanted if name != "scale"]
 
-    def step(block, edge, dq, dk, dv, *grads):
+    def step(
+        block: Block, edge: bool, dq: jax.Array, dk: jax.Array, dv: jax.Array, *grads: jax.Array
+    ) -> tuple[jax.Array, ...]:
         bias = call.bias(block)
         allowed = call.allowed(block, edge, bias)
         q = call.scaled_q(block)
-        k = call.live_keys(call.read_heads(call.k, call.k_axes, block, call.div["k"]), allowed)
+        k = call.live_keys(call.unit_k(block), allowed)
         v = call.live_keys(call.read_heads(ops.v, call.k_axes, block, call.div["v"]), allowed)
         g = call.read_heads(dout, call.q_axes, block)
         row_lse = call.read(lse, "bnt", block)[..., None]
@@ -418,20 +429,25 @@ def blockwise_bwd(
                 x = x.sum(axis=[a for a in (2, 3) if old.shape[a] == 1], keepdims=True)
             else:
                 x = _to_diagonals(x)
-            new.append(old + x)
+            new.append((old + x).astype(old.dtype))
         return dq, dk, dv, *new
 
     def zeros(*shape: int) -> jax.Array:
         return jnp.zeros(shape, call.dtype)
 
-    accumulators = (
+    accumulators: tuple[tuple[str, jax.Array], ...] = (
         ("bnth", zeros(call.batch, call.n, call.t, call.h)),
         ("bkhs", zeros(call.batch, call.k_heads, call.h, call.s)),
         ("bkhs", zeros(call.batch, call.k_heads, call.h, call.s)),
     )
     for name in tensor_grads:
-        axes = "bnts" if name == "bias" else "bnd"
-        accumulators += ((axes, zeros(batch_of[name], *getattr(ops, name).shape[1:])),)
+        shape = (batch_of[name], *getattr(ops, name).shape[1:])
+        dtype = call.dtype
+        if shape[2:] == (call.t, call.s) and call.batch in (call.chunk, shape[0]):
+            # Each entry receives one term, already summed over the batch and heads that share it:
+            # a [., ., T, S] gradient needs no wider copy.
+            dtype = getattr(ops, name).dtype
+        accumulators += (("bnts" if name == "bias" else "bnd", jnp.zeros(shape, dtype)),)
     dq, dk, dv, *grads = call.scan(step, accumulators)
     dk, dv = dk.swapaxes(2, 3), dv.swapaxes(2, 3)
 
@@ -446,9 +462,10 @@ def blockwise_bwd(
     if "scale" in batch_of:
         dscale = call.folded(jnp.sum(unit_q * dq, axis=(2, 3)), batch_of["scale"])
         results.append(dscale.astype(ops.scale.dtype))
-    for name, size, x in zip(tensor_grads, grad_batch[len(wanted) - len(tensor_grads) :], grads):
+    sizes = dict(zip(wanted, grad_batch, strict=True))
+    for name, x in zip(tensor_grads, grads, strict=True):
         if name == "relative_bias" and call.has_lengths:
-            x = call.folded(call.rolled(x, 1), size)
+            x = call.folded(call.rolled(x, 1), sizes[name])
         results.append(x.astype(getattr(ops, name).dtype))
     return tuple(results)
 
@@ -499,7 +516,7 @@ def _from_diagonals(x: jax.Array, rows: int, cols: int) -> jax.Array:
 
 
 def _to_diagonals(x: jax.Array) -> jax.Array:
-    """Transpose of `_from_diagonals`: sums over i - j, [.., rows, cols] to [.., rows + cols - 1]."""
+    """Transpose of `_from_diagonals`: [.., rows, cols] to [.., rows + cols - 1], summed."""
     *lead, rows, cols = x.shape
     padded = jnp.pad(x[..., ::-1], [(0, 0)] * (len(lead) + 1) + [(0, rows)])
     flat = padded.reshape(*lead, -1)[..., : rows * (rows + cols - 1)]

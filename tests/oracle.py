@@ -25,6 +25,8 @@ class Result:
     dscale: np.ndarray  # shape of scale
     dbias: np.ndarray | None  # shape of bias
     drelative_bias: np.ndarray | None  # shape of relative_bias
+    allowed: np.ndarray  # bool [B, N, T, S]: which query may attend which key
+    dead_keys: np.ndarray  # bool [B, S, K]: ruled out whatever the bias is
 
 
 def f64(x) -> np.ndarray:
@@ -110,6 +112,8 @@ def attention(
     dq, dk, dv = np.zeros_like(query), np.zeros_like(key), np.zeros_like(value)
     dscales, drelative = np.zeros(n_), np.zeros((n_, max(t + s - 1, 0)))
     dbias = np.zeros((b_, n_, t, s)) if bias is not None else None
+    everything_allowed = np.zeros((b_, n_, t, s), bool)
+    dead_keys = np.ones((b_, s, k_), bool)
 
     for b in range(b_):
         position = np.arange(t)[:, None] + (int(s_b[b]) - int(t_b[b]))  # of a query, among the keys
@@ -127,7 +131,10 @@ def attention(
             kv = n // (n_ // k_)
             entry = np.clip(distance + t - 1, 0, max(t + s - 2, 0))
             added = full_bias[b, n] + (relative[n][entry] if relative_bias is not None else 0.0)
-            allowed = visible & full_mask[b, n] & (added != -np.inf)
+            allowed = visible & full_mask[b, n]
+            dead_keys[b, :, kv] &= ~allowed.any(0)
+            allowed = allowed & (added != -np.inf)
+            everything_allowed[b, n] = allowed
             rows, cols = np.flatnonzero(allowed.any(1)), np.flatnonzero(allowed.any(0))
             if not rows.size:
                 continue
@@ -171,4 +178,6 @@ def attention(
         np.asarray(dscale),
         summed_to(dbias, np.shape(bias)) if dbias is not None else None,
         summed_to(drelative, np.shape(relative_bias)) if relative_bias is not None else None,
+        everything_allowed,
+        dead_keys,
     )

@@ -61,7 +61,7 @@ def test_forward(kernels):
     assert found["heads_first"] == "false"
     assert found["l2norm_qk"] == "true"
     assert found["groups"] == "1 : i32"
-    assert found["precision"] == "0 : i32"
+    assert found["three_passes"] == "false"
 
 
 def test_attributes_follow_the_arguments(kernels):
@@ -75,7 +75,7 @@ def test_attributes_follow_the_arguments(kernels):
     found = attributes(call)
     assert found["l2norm_qk"] == "false"
     assert found["groups"] == "2 : i32"
-    assert found["precision"] == "2 : i32"
+    assert found["three_passes"] == "true"
 
 
 def test_backward(kernels):
@@ -137,7 +137,7 @@ def test_learned_scale_is_an_operand_with_a_gradient(kernels):
     assert operands[3] == "1x4xf32"
     assert results[3] == "1x4xf32"
     (call,) = calls(lowered(grad(f, 0), *arrays(), scale), "jax_cosine_attn_bwd")
-    assert signature(call)[1][3] == "0xf32"
+    assert signature(call)[1][3] == "0x4xf32"
 
 
 def test_original_layout_is_passed_through_without_transposes(kernels):

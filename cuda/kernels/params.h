@@ -26,10 +26,16 @@ struct Rows {
   int64_t stride_batch = 0, stride_row = 0, stride_head = 0;  // in elements
   BatchIndex batch;
 
+  // The rows of one head of one batch entry. Taken once by a kernel: the batch index costs divisions.
   template <typename T>
-  __host__ __device__ T* row(int64_t b, int64_t head, int64_t row) const {
-    return static_cast<T*>(data) + batch(b) * stride_batch + head * stride_head +
-           row * stride_row;
+  struct Head {
+    T* data;
+    int stride;
+    __device__ T* row(int i) const { return data + int64_t(i) * stride; }
+  };
+  template <typename T>
+  __device__ Head<T> head(int64_t b, int head) const {
+    return {static_cast<T*>(data) + batch(b) * stride_batch + head * stride_head, static_cast<int>(stride_row)};
   }
 };
 

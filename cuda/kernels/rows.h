@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   const bool valid = at.row < params.seqlen;
 
   float x[L::kElems];
-  L::load(x, params.x.row<T>(at.b, at.head, valid ? at.row : 0), p.head_dim, valid);
+  L::load(x, params.x.head<T>(at.b, at.head).row(valid ? at.row : 0), p.head_dim, valid);
 
   if (params.l2norm) {
     const int group_size = p.head_dim / p.groups;
@@ -179,7 +179,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
 #pragma unroll
     for (int e = 0; e < L::kElems; ++e) x[e] *= fold;
   }
-  if (valid) L::store(params.hat.row<THat>(at.b, at.head, at.row), x, p.head_dim_padded);
+  if (valid) L::store(params.hat.head<THat>(at.b, at.head).row(at.row), x, p.head_dim_padded);
 }
 
 // delta = rowsum(dO * O) - dlse and lse in log2 units, laid out for the backward's tiles. Whatever a
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams para
       at.row < p.q_lengths(at.b) ? params.lse[bh * p.seqlen_q + at.row] : -INFINITY;
   const bool live = lse != -INFINITY;
   float o[L::kElems], d[L::kElems];
-  L::load(o, params.out.row<T>(at.b, at.head, live ? at.row : 0), p.head_dim, live);
-  L::load(d, params.dout.row<T>(at.b, at.head, live ? at.row : 0), p.head_dim, live);
+  L::load(o, params.out.head<T>(at.b, at.head).row(live ? at.row : 0), p.head_dim, live);
+  L::load(d, params.dout.head<T>(at.b, at.head).row(live ? at.row : 0), p.head_dim, live);
   float delta = 0.f;
 #pragma unroll
   for (int e = 0; e < L::kElems; ++e) delta += o[e] * d[e];
@@ -224,14 +224,14 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
   float a[L::kElems], q[L::kElems];
   L::load(a, params.dq_accum + (bh * p.seqlen_q + row) * p.head_dim_padded, p.head_dim_padded,
           live);
-  L::load(q, params.q_raw.row<T>(at.b, at.head, row), p.head_dim, live);
+  L::load(q, params.q_raw.head<T>(at.b, at.head).row(row), p.head_dim, live);
   const float dot =
       L::norm_backward(a, q, params.q_inverse_norm + (bh * p.seqlen_q + row) * p.groups, p.groups,
                        p.head_dim, p.l2norm);
   const float scale = p.scale.data[p.scale.batch(at.b) * p.num_heads + at.head];
 #pragma unroll
   for (int e = 0; e < L::kElems; ++e) a[e] = live ? a[e] * scale : 0.f;
-  if (valid) L::store(params.dq.row<T>(at.b, at.head, row), a, p.head_dim);
+  if (valid) L::store(params.dq.head<T>(at.b, at.head).row(row), a, p.head_dim);
 
   if (params.dscale == nullptr) return;
   __shared__ float row_dots[L::kRowsPerBlock];

@@ -14,7 +14,7 @@ Instance fwd_instance(Arithmetic arithmetic) {
           arithmetic,
           Tile::kHeadDim,
           reinterpret_cast<const void*>(&sm80::cosine_attn_fwd_sm80<Tile>),
-          sm80::kThreads,
+          Tile::kThreads,
           Tile::kSmemBytes,
           Tile::kBlockM,
           Tile::kBlockN};
@@ -26,7 +26,7 @@ Instance bwd_instance(Arithmetic arithmetic) {
           arithmetic,
           Tile::kHeadDim,
           reinterpret_cast<const void*>(&sm80::cosine_attn_bwd_sm80<Tile>),
-          sm80::kThreads,
+          Tile::kThreads,
           Tile::kSmemBytes,
           Tile::kBlockM,
           Tile::kBlockN};

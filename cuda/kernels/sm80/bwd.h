@@ -19,6 +19,7 @@ namespace jca::sm80 {
 template <class Op_, int kHeadDim_>
 struct BwdTile {
   using Op = Op_;
+  static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsFloat = sizeof(typename Op::T) == 4;
   static constexpr int kBlockM = !kIsFloat || kHeadDim <= 96 ? 64 : 32;
@@ -42,7 +43,7 @@ struct BwdTile {
 };
 
 // This warp's block of a product over [kRows, kCols] split kWarpsM by 8 / kWarpsM.
-template <int kRows, int kCols, int kWarpsM>
+template <int kRows, int kCols, int kWarpsM, int kWarps>
 struct WarpBlock {
   static constexpr int kM = kRows / kWarpsM / 16;
   static constexpr int kN = kCols / (kWarps / kWarpsM) / 8;
@@ -53,11 +54,11 @@ struct WarpBlock {
 
 // Grid: x = key blocks * K * B, the key block running fastest.
 template <class Tile>
-__global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdParams params) {
+__global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const BwdParams params) {
   using Op = typename Tile::Op;
   using T = typename Op::T;
   constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
-  constexpr int kStages = Tile::kStages;
+  constexpr int kStages = Tile::kStages, kThreads = Tile::kThreads;
 
   const Problem& p = params.problem;
   const int blocks_n = (p.seqlen_k + kBlockN - 1) / kBlockN;
@@ -107,16 +108,19 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdPar
   }
   __syncthreads();
 
+  // Head 0 of q^ and dO; the heads of the group follow at their strides.
+  const auto gQ = params.q_hat.head<const T>(b, 0);
+  const auto gdO = params.dout.head<const T>(b, 0);
   const auto load_stage = [&](int step) {
     const int stage = step % kStages, head = head_of(step), m0 = m0_of(step);
-    const auto rows_of = [&](const Rows& rows) {
-      return [&rows, &visible, b, head, m0](int r) {
+    const auto load = [&](const auto& tile, const auto& rows, int64_t stride_head) {
+      load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
         const bool valid = m0 + r < visible.seqlen_q;
-        return SourceRow<T>{rows.row<T>(b, head, valid ? m0 + r : 0), valid};
-      };
+        return SourceRow{rows.row(valid ? m0 + r : 0) + head * stride_head, valid};
+      });
     };
-    load_tile_async(stage_q(stage), p.head_dim_padded, rows_of(params.q_hat));
-    load_tile_async(stage_do(stage), p.head_dim_padded, rows_of(params.dout));
+    load(stage_q(stage), gQ, params.q_hat.stride_head);
+    load(stage_do(stage), gdO, params.dout.stride_head);
     // Thread t < kBlockM / 4 copies 4 values of lse, the next kBlockM / 4 threads 4 of delta.
     if (threadIdx.x < kBlockM / 2) {
       const bool is_lse = threadIdx.x < kBlockM / 4;
@@ -129,18 +133,18 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdPar
     ptx::cp_async_commit();
   };
 
-  const WarpBlock<kBlockN, kHeadDim, Tile::kWarpsKM> at_dk;
+  const WarpBlock<kBlockN, kHeadDim, Tile::kWarpsKM, Tile::kWarps> at_dk;
   constexpr int kMK = decltype(at_dk)::kM, kNK = decltype(at_dk)::kN;
   float rdK[kMK][kNK][4] = {}, rdV[kMK][kNK][4] = {};
 
   if (steps > 0) {
-    const auto key_rows = [&](const Rows& rows) {
-      return [&rows, sLive, b, head_kv, n0](int r) {
-        return SourceRow<T>{rows.row<T>(b, head_kv, sLive[r] ? n0 + r : 0), sLive[r]};
-      };
+    const auto load = [&](const auto& tile, const auto& rows) {
+      load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
+        return SourceRow{rows.row(sLive[r] ? n0 + r : 0), sLive[r]};
+      });
     };
-    load_tile_async(sK, p.head_dim_padded, key_rows(params.k_hat));
-    load_tile_async(sV, p.head_dim_padded, key_rows(params.v));
+    load(sK, params.k_hat.head<const T>(b, head_kv));
+    load(sV, params.v.head<const T>(b, head_kv));
     load_stage(0);
   }
 
@@ -168,7 +172,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdPar
     if (kStages == 2 && step + 1 < steps) load_stage(step + 1);
 
     {
-      const WarpBlock<kBlockM, kBlockN, Tile::kWarpsSM> at;
+      const WarpBlock<kBlockM, kBlockN, Tile::kWarpsSM, Tile::kWarps> at;
       constexpr int kM = decltype(at)::kM, kN = decltype(at)::kN;
       float rP[kM][kN][4] = {}, rdP[kM][kN][4] = {};
       warp_gemm<Op, false, false>(rP, sQ, at.m0, sK, at.n0);
@@ -213,7 +217,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdPar
     warp_gemm<Op, true, true>(rdV, sP, at_dk.m0, sdO, at_dk.n0);
     warp_gemm<Op, true, true>(rdK, sdS, at_dk.m0, sQ, at_dk.n0);
     {
-      const WarpBlock<kBlockM, kHeadDim, Tile::kWarpsQM> at;
+      const WarpBlock<kBlockM, kHeadDim, Tile::kWarpsQM, Tile::kWarps> at;
       constexpr int kM = decltype(at)::kM, kN = decltype(at)::kN;
       // 32 columns at a time: dk and dv already hold half of the registers at H = 128 and 256.
       constexpr int kPart = kN % 4 == 0 ? 4 : kN;
@@ -249,6 +253,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdPar
   // dv straight from the registers; dk through shared memory, one row to a group of lanes.
   __syncthreads();
   float* sdK = reinterpret_cast<float*>(smem);
+  const auto gdV = params.dv.head<T>(b, head_kv);
 #pragma unroll
   for (int m = 0; m < kMK; ++m) {
 #pragma unroll
@@ -260,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdPar
         sdK[r * Tile::kDkPitch + h] = rdK[m][n][half * 2];
         sdK[r * Tile::kDkPitch + h + 1] = rdK[m][n][half * 2 + 1];
         if (n0 + r < p.seqlen_k) {
-          store_pair<Op>(params.dv.row<T>(b, head_kv, n0 + r), h, p.head_dim, rdV[m][n][half * 2],
+          store_pair<Op>(gdV.row(n0 + r), h, p.head_dim, rdV[m][n][half * 2],
                          rdV[m][n][half * 2 + 1]);
         }
       }
@@ -269,6 +274,9 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdPar
   __syncthreads();
   constexpr int kLanes = kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : kHeadDim <= 128 ? 16 : 32;
   using L = RowLanes<kLanes>;
+  const auto gK = params.k_raw.head<const T>(b, head_kv);
+  const auto gdK = params.dk.head<T>(b, head_kv);
+  const int64_t norm_row = (params.k_raw.batch(b) * p.num_heads_kv + head_kv) * p.seqlen_k;
   // Every lane of a warp takes part in the sums of norm_backward, so the row count is uniform.
   for (int r0 = 0; r0 < kBlockN; r0 += kThreads / kLanes) {
     const int r = r0 + int(threadIdx.x) / kLanes;
@@ -280,12 +288,10 @@ __global__ void __launch_bounds__(kThreads, 1) cosine_attn_bwd_sm80(const BwdPar
     for (int e = 0; e < L::kElems; ++e) {
       a[e] = live && L::first() + e < kHeadDim ? sdK[r * Tile::kDkPitch + L::first() + e] * kLn2 : 0.f;
     }
-    L::load(k, params.k_raw.row<T>(b, head_kv, row), p.head_dim, live);
-    const int64_t norm_row =
-        (params.k_raw.batch(b) * p.num_heads_kv + head_kv) * p.seqlen_k + row;
-    L::norm_backward(a, k, params.k_inverse_norm + norm_row * p.groups, p.groups, p.head_dim,
+    L::load(k, gK.row(row), p.head_dim, live);
+    L::norm_backward(a, k, params.k_inverse_norm + (norm_row + row) * p.groups, p.groups, p.head_dim,
                      p.l2norm);
-    if (valid) L::store(params.dk.row<T>(b, head_kv, row), a, p.head_dim);
+    if (valid) L::store(gdK.row(row), a, p.head_dim);
   }
 }
 

@@ -9,9 +9,6 @@
 
 namespace jca::sm80 {
 
-constexpr int kThreads = 256;
-constexpr int kWarps = kThreads / 32;
-
 // Row-major [kRows, kCols] tile of T in shared memory. 16-byte chunks of a row are permuted by the
 // row number, so that the 8 rows of an ldmatrix (or the 32 lanes of a float32 fragment load) fall
 // into different banks: with kCols a multiple of 8 chunks 8 rows rotate through 8 chunks; with 4 or
@@ -226,19 +223,23 @@ __device__ inline void warp_gemm(float (&c)[kM][kN][4], const TileA& tile_a, int
 }
 
 // The same with A in registers: kN_A accumulator blocks of 8 columns, B stored [k, n].
-template <class Op, int kN_A, int kN, class TileB>
-__device__ inline void warp_gemm_accum(float (&c)[kN][4], const float (&p)[kN_A][4],
+template <class Op, int kM, int kN_A, int kN, class TileB>
+__device__ inline void warp_gemm_accum(float (&c)[kM][kN][4], const float (&p)[kM][kN_A][4],
                                        const TileB& tile_b) {
 #pragma unroll
   for (int k0 = 0; k0 < kN_A * 8; k0 += Op::kK) {
-    typename Op::A a;
-    Op::from_accum(a, p, k0);
+    typename Op::A a[kM];
+#pragma unroll
+    for (int m = 0; m < kM; ++m) Op::from_accum(a[m], p[m], k0);
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       typename Op::B b[2];
       Op::template load_b<true>(b, tile_b, n * 8, k0);
-      Op::mma(c[n], a, b[0]);
-      Op::mma(c[n + 1], a, b[1]);
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        Op::mma(c[m][n], a[m], b[0]);
+        Op::mma(c[m][n + 1], a[m], b[1]);
+      }
     }
   }
 }
@@ -263,12 +264,15 @@ struct SourceRow {
 
 // Fills a tile by cp.async, 16 bytes a thread and step: row r comes from source(r), columns from `cols`
 // on are zeros. Source rows are 16-byte aligned and `cols` is a multiple of 8.
-template <class Tile, class Source>
+template <int kThreads, class Tile, class Source>
 __device__ inline void load_tile_async(const Tile& tile, int cols, Source source) {
+  // A thread keeps its column where the thread count allows.
+  constexpr bool kFixedColumn = kThreads % Tile::kChunks == 0;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < Tile::kRows * Tile::kChunks; i += kThreads) {
-    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks;
-    const SourceRow<typename Tile::T> from = source(row);
+  for (unsigned i = threadIdx.x; i < Tile::kRows * Tile::kChunks; i += kThreads) {
+    const int row = i / Tile::kChunks;
+    const int chunk = (kFixedColumn ? threadIdx.x : i) % Tile::kChunks;
+    const auto from = source(row);
     const int col = chunk * Tile::kChunk;
     const bool valid = from.valid && col < cols;
     ptx::cp_async_16(ptx::smem_address(tile.chunk(row, chunk)), from.data + (valid ? col : 0), valid);

@@ -1,0 +1,417 @@
+"""Every implementation against the float64 oracle: accuracy, dead rows and keys, extreme inputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from yardstick import check, make_inputs, measured
+
+from jax_cosine_attn import _blockwise, cosine_attention
+from jax_cosine_attn._config import FIELDS, Config, Operands
+from jax_cosine_attn._reference import reference_attention
+
+F32, F16, BF16 = (np.dtype(x) for x in (jnp.float32, jnp.float16, jnp.bfloat16))
+LENGTHS = (1, 17, 63, 127, 1000)
+HEAD_DIMS = (1, 8, 16, 20, 32, 40, 64, 80, 96, 128, 192, 256)
+
+
+@pytest.fixture(params=["xla", "reference", pytest.param("cuda", marks=pytest.mark.gpu)])
+def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def learned(n: int, bound: float = 10.0) -> dict[str, Any]:
+    """A scale per head, of several signs and zero, with the bound that the kernels need."""
+    return {"scale": np.resize(np.array([8, -2, 0, 10], np.float32), n), "scale_bound": bound}
+
+
+# Lengths and head dims.
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize(
+    "t, s",
+    [(1, 1), (1, 1000), (17, 63), (63, 17), (127, 127), (127, 1000), (1000, 127), (1000, 1000)],
+)
+def test_lengths(implementation, t, s, is_causal):
+    inputs = make_inputs(F32, b=1, t=t, s=s)
+    check(implementation, inputs, is_causal=is_causal, **learned(2))
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("t, s", [(1, 63), (63, 1000)])
+def test_lengths_of_16_bit_inputs(implementation, t, s, dtype):
+    check(implementation, make_inputs(dtype, b=1, t=t, s=s), is_causal=True, **learned(2))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("h", HEAD_DIMS)
+def test_head_dims(implementation, h, dtype):
+    check(implementation, make_inputs(dtype, b=1, t=17, s=63, h=h), **learned(2))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("h", HEAD_DIMS)
+@pytest.mark.parametrize("t, s", list(itertools.product(LENGTHS, LENGTHS)))
+def test_lengths_and_head_dims(implementation, t, s, h, dtype):
+    inputs = make_inputs(dtype, b=1, t=t, s=s, h=h)
+    check(implementation, inputs, is_causal=(t + s + h) % 3 == 0, **learned(2))
+
+
+# Options, alone and together.
+
+
+class Sizes(NamedTuple):
+    b: int
+    t: int
+    s: int
+    n: int
+    k: int
+    h: int
+
+
+Options = Callable[[Sizes, np.random.Generator], dict[str, Any]]
+
+
+def normal(rng: np.random.Generator, *shape: int, dtype: Any = np.float32) -> np.ndarray:
+    return np.asarray(jnp.asarray(rng.standard_normal(shape), dtype))
+
+
+def mask(rng: np.random.Generator, *shape: int, kept: float = 0.6) -> np.ndarray:
+    return rng.random(shape) < kept
+
+
+def ids(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    """Sorted segment ids, as packing produces them."""
+    return np.sort(rng.integers(0, 4, shape).astype(np.int32), axis=-1)
+
+
+def int32(*values: int) -> np.ndarray:
+    return np.array(values, np.int32)
+
+
+def some_minus_infinity(z: Sizes, rng: np.random.Generator) -> dict[str, Any]:
+    """A bias that masks: single pairs, a whole row, and a key for every query."""
+    bias = np.where(rng.random((z.b, z.n, z.t, z.s)) < 0.3, -np.inf, 0).astype(np.float32)
+    bias[0, :, z.t // 2] = -np.inf
+    bias[:, :, :, z.s // 3] = -np.inf
+    return {"bias": bias}
+
+
+def relative_cutoff(z: Sizes, rng: np.random.Generator) -> dict[str, Any]:
+    """ALiBi that ends: -inf beyond a distance."""
+    distance = np.abs(np.arange(z.t + z.s - 1) - (z.t - 1)).astype(np.float32)
+    slopes = 2.0 ** -np.arange(1, z.n + 1, dtype=np.float32)[:, None]
+    return {"relative_bias": np.where(distance > z.s // 2, -np.inf, -slopes * distance)}
+
+
+OPTIONS: dict[str, Options] = {
+    "plain": lambda z, rng: {},
+    "causal": lambda z, rng: {"is_causal": True},
+    "query-lengths": lambda z, rng: {"query_seq_lengths": int32(z.t - 5, 1)},
+    "key-lengths": lambda z, rng: {"key_value_seq_lengths": int32(z.s // 2, 2 * z.s)},
+    "lengths-causal": lambda z, rng: {
+        "query_seq_lengths": int32(z.t - 5, z.t),
+        "key_value_seq_lengths": int32(z.s, z.t // 2),
+        "is_causal": True,
+    },
+    "padded-entry": lambda z, rng: {"key_value_seq_lengths": int32(0, z.s)},
+    "padded-entry-causal": lambda z, rng: {
+        "query_seq_lengths": int32(z.t, 0),
+        "key_value_seq_lengths": int32(z.s - 3, 0),
+        "is_causal": True,
+    },
+    "negative-length": lambda z, rng: {"key_value_seq_lengths": int32(-3, 7)},
+    "key-mask": lambda z, rng: {"mask": mask(rng, z.b, 1, 1, z.s)},
+    "key-mask-causal": lambda z, rng: {"mask": mask(rng, z.b, 1, 1, z.s), "is_causal": True},
+    "key-mask-of-all-entries": lambda z, rng: {"mask": mask(rng, z.s)},
+    "key-mask-per-head": lambda z, rng: {"mask": mask(rng, 1, z.n, 1, z.s)},
+    "row-mask": lambda z, rng: {"mask": mask(rng, z.b, 1, z.t, 1)},
+    "full-mask": lambda z, rng: {"mask": mask(rng, z.b, z.n, z.t, z.s)},
+    "sparse-mask": lambda z, rng: {"mask": mask(rng, 1, 1, z.t, z.s, kept=0.02)},
+    "empty-mask": lambda z, rng: {"mask": np.zeros((1, 1, 1, 1), bool)},
+    "groups": lambda z, rng: {"l2norm_groups": 4, "scale": 2.5},
+    "normalised": lambda z, rng: {"l2norm_qk": False},
+    "full-bias": lambda z, rng: {"bias": normal(rng, z.b, z.n, z.t, z.s)},
+    "bias-of-all-entries": lambda z, rng: {"bias": normal(rng, z.n, z.t, z.s)},
+    "bias-of-all-heads": lambda z, rng: {"bias": normal(rng, z.b, 1, z.t, z.s)},
+    "bias-matrix": lambda z, rng: {"bias": normal(rng, z.t, z.s)},
+    "bias-per-key": lambda z, rng: {"bias": normal(rng, z.b, 1, 1, z.s)},
+    "bias-per-row": lambda z, rng: {"bias": normal(rng, 1, z.n, z.t, 1)},
+    "bias-number": lambda z, rng: {"bias": normal(rng, 1, 1, 1, 1)},
+    "bias-bfloat16": lambda z, rng: {"bias": normal(rng, z.n, z.t, z.s, dtype=BF16)},
+    "bias-float16-causal": lambda z, rng: {
+        "bias": normal(rng, z.b, z.n, z.t, z.s, dtype=F16),
+        "is_causal": True,
+    },
+    "bias-minus-infinity": some_minus_infinity,
+    "bias-large": lambda z, rng: {"bias": 1e4 * normal(rng, z.n, z.t, z.s)},
+    "relative": lambda z, rng: {"relative_bias": normal(rng, z.n, z.t + z.s - 1)},
+    "relative-of-all-heads": lambda z, rng: {
+        "relative_bias": normal(rng, 1, z.t + z.s - 1, dtype=BF16)
+    },
+    "relative-lengths": lambda z, rng: {
+        "relative_bias": normal(rng, z.n, z.t + z.s - 1),
+        "query_seq_lengths": int32(z.t - 9, z.t),
+        "key_value_seq_lengths": int32(z.s, z.s // 2),
+    },
+    "relative-cutoff": relative_cutoff,
+    "window": lambda z, rng: {"local_window_size": 9},
+    "window-left": lambda z, rng: {"local_window_size": (20, None)},
+    "window-right-lengths": lambda z, rng: {
+        "local_window_size": (None, 3),
+        "key_value_seq_lengths": int32(z.s, z.s // 3),
+    },
+    "window-causal": lambda z, rng: {"local_window_size": (11, 5), "is_causal": True},
+    "segments": lambda z, rng: {"segment_ids": (ids(rng, z.b, z.t), ids(rng, z.b, z.s))},
+    "segments-causal": lambda z, rng: {
+        "segment_ids": (ids(rng, z.b, z.t), ids(rng, z.b, z.s)),
+        "is_causal": True,
+    },
+    "scale-10": lambda z, rng: {"scale": 10.0},
+    "scale-30": lambda z, rng: {"scale": 30.0},
+    "scale-60": lambda z, rng: {"scale": 60.0},
+    "scale-100": lambda z, rng: {"scale": 100.0},
+    "scale-0": lambda z, rng: {"scale": np.float32(0) * np.ones(z.n, np.float32), "scale_bound": 8},
+    "scale-negative": lambda z, rng: {"scale": -5.0},
+    "scale-learned": lambda z, rng: {"scale": np.linspace(1, 9, z.n, dtype=np.float32)},
+    "scale-learned-one": lambda z, rng: {"scale": np.asarray(7, np.float32), "scale_bound": 9.0},
+    "scale-learned-bounded": lambda z, rng: learned(z.n) | {"is_causal": True},
+    "scale-learned-large": lambda z, rng: {"scale": np.linspace(50, 200, z.n, dtype=np.float32)},
+    "deterministic": lambda z, rng: {"deterministic": True},
+    "mask-bias-window-lengths": lambda z, rng: (
+        {
+            "mask": mask(rng, z.b, 1, 1, z.s),
+            "bias": normal(rng, z.n, z.t, z.s),
+            "local_window_size": (z.s // 3, None),
+            "key_value_seq_lengths": int32(z.s - 9, z.s // 2),
+        }
+        | learned(z.n)
+    ),
+    "everything": lambda z, rng: (
+        {
+            "mask": mask(rng, 1, z.n, z.t, z.s, kept=0.9),
+            "bias": normal(rng, z.b, 1, 1, z.s),
+            "relative_bias": normal(rng, z.n, z.t + z.s - 1),
+            "segment_ids": (ids(rng, z.b, z.t), ids(rng, z.b, z.s)),
+            "local_window_size": (z.s // 2, z.s // 4),
+            "is_causal": True,
+            "query_seq_lengths": int32(z.t, z.t - 10),
+            "key_value_seq_lengths": int32(z.s - 4, z.s),
+            "l2norm_groups": 2,
+        }
+        | learned(z.n, bound=20.0)
+    ),
+}
+
+# More than one block on both axes, whole and ragged; and one small block.
+LARGE, SMALL = Sizes(2, 600, 1000, 4, 2, 8), Sizes(2, 63, 127, 4, 2, 16)
+
+
+def check_options(implementation: str, name: str, dtype: np.dtype, sizes: Sizes) -> None:
+    options = OPTIONS[name](sizes, np.random.default_rng(1))
+    inputs = make_inputs(dtype, **sizes._asdict())
+    if options.get("l2norm_qk") is False:
+        for x in ("query", "key"):
+            rows = inputs[x].astype(np.float32)
+            inputs[x] = (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).astype(dtype)
+    check(implementation, inputs, **options)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options(implementation, name):
+    check_options(implementation, name, F32, LARGE)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_of_16_bit_inputs(implementation, name, dtype):
+    check_options(implementation, name, dtype, SMALL)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("h", [20, 64])
+@pytest.mark.parametrize("t, s", [(63, 17), (127, 127), (1000, 127), (1000, 1000)])
+@pytest.mark.parametrize("name", OPTIONS)
+def test_options_and_lengths(implementation, name, t, s, h, dtype):
+    check_options(implementation, name, dtype, Sizes(2, t, s, 2, 1, h))
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("k", [1, 2, 3, 6])
+def test_heads_sharing_keys(implementation, k, dtype):
+    inputs = make_inputs(dtype, b=1, t=65, s=33, n=6, k=k)
+    check(implementation, inputs, is_causal=True, **learned(6))
+
+
+@pytest.mark.parametrize("beyond", [10.0, -10.0, 12.0])
+def test_scale_at_and_beyond_its_bound(implementation, beyond):
+    """Clamped in the result; the gradient is 1 at the bound and 0 beyond it."""
+    scale = np.array([beyond, 4], np.float32)
+    inputs = make_inputs(F32, t=17, s=33)
+    clamped = np.clip(scale, -10, 10)
+    static = (("scale_bound", 10.0),)
+    args = tuple(inputs[x] for x in ("query", "key", "value")), inputs["dout"], inputs["dlse"]
+    tensors, dout, dlse = args
+    out, lse, _, grads = measured(implementation, tensors, {"scale": scale}, {}, dout, dlse, static)
+    want_out, want_lse, _, want = measured(
+        implementation, tensors, {"scale": clamped}, {}, dout, dlse, static
+    )
+    np.testing.assert_array_equal(out, want_out)
+    np.testing.assert_array_equal(lse, want_lse)
+    factor = [abs(beyond) <= 10, 1]
+    np.testing.assert_array_equal(grads["scale"], want["scale"] * np.array(factor, np.float32))
+
+
+# Extreme inputs.
+
+
+@pytest.mark.parametrize(
+    "dtype, magnitude",
+    [(F32, 1e30), (BF16, 1e30)] + [(d, m) for d in (F32, F16, BF16) for m in (1e4, 1e-4)],
+    ids=lambda x: f"{x:g}" if isinstance(x, float) else str(x),
+)
+def test_magnitudes(implementation, dtype, magnitude):
+    inputs = make_inputs(dtype, b=1, t=33, s=65, h=8, magnitude=magnitude)
+    check(implementation, inputs, is_causal=True, **learned(2))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_zero_rows(implementation, dtype, groups):
+    """Slices of norm below 1e-6 get a gradient of exactly zero."""
+    inputs = make_inputs(dtype, b=1, t=33, s=65, h=16)
+    half = slice(0, 16 // groups)
+    inputs["query"][:, 3, :, half] = 0
+    inputs["query"][:, 5, :, half] = 1e-7  # norm below 1e-6
+    inputs["key"][:, 7:9, :, half] = 0
+    options = {"l2norm_groups": groups} | learned(2, bound=10.0 / groups)
+    options["scale"] = options["scale"] / groups
+    check(implementation, inputs, **options)
+
+    tensors = tuple(inputs[x] for x in ("query", "key", "value"))
+    static = (("scale_bound", options["scale_bound"]), ("l2norm_groups", groups))
+    _, _, (dq, dk, _), _ = measured(
+        implementation, tensors, {"scale": options["scale"]}, {}, inputs["dout"], inputs["dlse"],
+        static,
+    )  # fmt: skip
+    assert not np.asarray(dq)[:, [3, 5], :, half].any()
+    assert not np.asarray(dk)[:, 7:9, :, half].any()
+    assert np.asarray(dq)[:, 4].all()
+
+
+@pytest.mark.parametrize("b, t, s", [(2, 5, 0), (2, 0, 5), (0, 5, 7), (2, 0, 0)])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_empty_axes(implementation, b, t, s, dtype):
+    inputs = make_inputs(dtype, b=b, t=t, s=s, h=8)
+    tensors = tuple(inputs[x] for x in ("query", "key", "value"))
+    static = (("is_causal", True), ("scale_bound", 10.0))
+    arrays = {"mask": np.ones((b, 1, 1, s), bool), "key_value_seq_lengths": np.full(b, s, np.int32)}
+    dout, dlse = np.full_like(inputs["dout"], np.nan), np.full_like(inputs["dlse"], np.nan)
+    out, lse, grads, option_grads = measured(
+        implementation, tensors, {"scale": learned(2)["scale"]}, arrays, dout, dlse, static
+    )
+    assert out.shape == (b, t, 2, 8) and out.dtype == dtype and not out.any()
+    assert lse.shape == (b, t, 2) and np.isneginf(lse).all()
+    for x, gradient in zip(tensors, grads, strict=True):
+        assert gradient.shape == x.shape and not np.asarray(gradient).any()
+    assert not np.asarray(option_grads["scale"]).any()
+
+
+@pytest.mark.parametrize("name", ["plain", "everything", "mask-bias-window-lengths", "scale-100"])
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_float64(implementation, name):
+    options = OPTIONS[name](SMALL, np.random.default_rng(1))
+    if not isinstance(options.get("scale", 1.0), float):
+        options["scale"] = options["scale"].astype(np.float64)
+    with jax.enable_x64(True):
+        check(implementation, make_inputs(np.dtype(np.float64), **SMALL._asdict()), **options)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "reference"])
+def test_rows_that_nobody_normalised(implementation):
+    """Without l2norm the bound is the caller's word; these implementations do not rely on it."""
+    check(implementation, make_inputs(F32, h=64), l2norm_qk=False, is_causal=True)
+
+
+# The batch rule of `Operands`, which only vmap uses to the full, over chunks of the batch.
+
+
+@pytest.mark.parametrize("heads_per_step", [1, 1000])
+@pytest.mark.parametrize("seed", range(3))
+def test_blockwise_batch_rule(monkeypatch, seed, heads_per_step):
+    """Operands shorter than the batch and read through divisors equal their expansion."""
+    monkeypatch.setattr(_blockwise, "BLOCK", 16)
+    monkeypatch.setattr(_blockwise, "HEADS_PER_STEP", heads_per_step)
+    batch, t, s, n, k, h = 12, 20, 37, 4, 2, 8
+    rng = np.random.default_rng(seed)
+    rules = [(1, 1), (1, 3), (12, 1), (4, 3), (3, 4), (2, 3), (3, 1), (6, 2)]
+    rule = dict(zip(FIELDS, (rules[i] for i in rng.integers(0, len(rules), 11)), strict=True))
+    size = {name: lead for name, (lead, _) in rule.items()}
+    ops = Operands(
+        q=normal(rng, size["q"], n, t, h),
+        k=normal(rng, size["k"], k, s, h),
+        v=normal(rng, size["v"], k, s, h),
+        scale=normal(rng, size["scale"], n),
+        bias=normal(rng, size["bias"], 1, t, s),
+        relative_bias=normal(rng, size["relative_bias"], n, t + s - 1),
+        mask=mask(rng, size["mask"], n, 1, s),
+        q_lengths=rng.integers(0, t + 1, size["q_lengths"]).astype(np.int32) if seed else None,
+        kv_lengths=rng.integers(0, s + 1, size["kv_lengths"]).astype(np.int32) if seed else None,
+        q_segments=ids(rng, size["q_segments"], t),
+        kv_segments=ids(rng, size["kv_segments"], s),
+    )
+    config = Config(batch=batch, layout="BNTH", is_causal=True, precision="highest")
+    short = Config(**vars(config) | {"div": tuple(div for _, div in rule.values())})
+
+    def read(name, x):
+        return None if x is None else x[(np.arange(batch) // rule[name][1]) % rule[name][0]]
+
+    whole = Operands(**{name: read(name, x) for name, x in ops._asdict().items()})
+    dout, dlse = normal(rng, batch, n, t, h), normal(rng, batch, n, t)
+    floats = ("q", "k", "v", "scale", "bias", "relative_bias")
+
+    def loss(values):
+        out, lse = reference_attention(whole._replace(**values), config)
+        live = lse > -jnp.inf
+        return jnp.sum(dout * out) + jnp.sum(jnp.where(live, dlse * lse, 0)), (out, lse)
+
+    (_, (out, lse)), want = jax.jit(jax.value_and_grad(loss, has_aux=True))(
+        {name: getattr(whole, name) for name in floats}
+    )
+    got_out, got_lse = jax.jit(_blockwise.blockwise_fwd, static_argnums=1)(ops, short)
+    np.testing.assert_allclose(got_out, out, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-6)
+
+    wanted, grad_batch = floats[3:], (1, 3, 4)
+    grads = jax.jit(_blockwise.blockwise_bwd, static_argnums=(5, 6, 7))(
+        ops, got_out, got_lse, dout, dlse, short, wanted, grad_batch
+    )
+    for name, got, size_of in zip(floats, grads, (batch,) * 3 + grad_batch, strict=True):
+        folded = np.asarray(want[name]).reshape(-1, size_of, *got.shape[1:]).sum(axis=0)
+        np.testing.assert_allclose(
+            got, folded, rtol=1e-4, atol=1e-5 * np.abs(folded).max(), err_msg=name
+        )
+
+
+def test_gradients_repeat_bitwise():
+    inputs = make_inputs(F32, t=200, s=300)
+
+    @jax.jit
+    def gradients(q, k, v):
+        def loss(*tensors):
+            return cosine_attention(*tensors, deterministic=True, implementation="xla").sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    tensors = tuple(inputs[x] for x in ("query", "key", "value"))
+    for a, b in zip(gradients(*tensors), gradients(*tensors), strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -1,0 +1,220 @@
+"""The accuracy that every implementation is held to, and the inputs it is measured on.
+
+The error against the float64 oracle is at most twice that of the plain formula in the same dtype
+(float32 sums, HIGHEST precision), plus 4 ulp of the largest value; so too for the root mean square.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+import jax_cosine_attn
+from jax_cosine_attn import cosine_attention
+
+# Options that are arrays or may be: passed to the compiled call as data.
+ARRAYS = (
+    "bias", "mask", "query_seq_lengths", "key_value_seq_lengths", "segment_ids", "relative_bias",
+)  # fmt: skip
+DIFFERENTIABLE = ("scale", "bias", "relative_bias")
+
+
+def make_inputs(dtype, *, b=2, t=63, s=127, n=2, k=None, h=16, seed=0, magnitude=1.0):
+    """{query, key, value, dout, dlse}: normal deviates of `dtype`, the first three times magnitude.
+
+    Half of each key is a query's direction, so that the weights are far from uniform.
+    """
+    rng = np.random.default_rng(seed)
+    k = k or n
+    query = rng.standard_normal((b, t, n, h))
+    key = rng.standard_normal((b, s, k, h))
+    if t and s:
+        key += query[:, rng.integers(0, t, s)][:, :, :: n // k]
+    value = rng.standard_normal((b, s, k, h))
+    rounded = {
+        name: np.asarray(jnp.asarray(x * magnitude, dtype))
+        for name, x in (("query", query), ("key", key), ("value", value))
+    }
+    dout = np.asarray(jnp.asarray(0.25 * rng.standard_normal((b, t, n, h)), dtype))
+    lse_dtype = np.float64 if np.dtype(dtype) == np.float64 else np.float32
+    return rounded | {"dout": dout, "dlse": rng.standard_normal((b, t, n)).astype(lse_dtype)}
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(differentiable arrays, other arrays) of a call's options; what is left in neither is static.
+
+    A Python number as scale stays static.
+    """
+    differentiable = {
+        name: options[name]
+        for name in DIFFERENTIABLE
+        if options.get(name) is not None and not isinstance(options[name], (int, float))
+    }
+    rest = {
+        name: options[name]
+        for name in ARRAYS
+        if options.get(name) is not None and name not in differentiable
+    }
+    return differentiable, rest
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "static"))
+def measured(implementation, tensors, differentiable, arrays, dout, dlse, static):
+    """(out, lse, (dq, dk, dv), gradients of the differentiable options)."""
+
+    def attend(tensors, differentiable):
+        return cosine_attention(
+            *tensors, **differentiable, **arrays, **dict(static),
+            implementation=implementation, return_residual=True,
+        )  # fmt: skip
+
+    (out, lse), vjp = jax.vjp(attend, tensors, differentiable)
+    return out, lse, *vjp((dout, dlse))
+
+
+@functools.partial(jax.jit, static_argnames=("groups", "l2norm_qk"))
+def plain(tensors, differentiable, allowed, entry, dout, dlse, groups, l2norm_qk):
+    """The plain formula in the inputs' dtype: rounded where a tensor of that dtype would be stored
+    (unit rows, weights, output), summed in float32. `entry` indexes relative_bias, [B, T, S].
+    """
+    product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    dtype = tensors[0].dtype
+    sums = jnp.promote_types(dtype, jnp.float32)
+
+    def stored(x):
+        return x.astype(dtype).astype(sums)
+
+    def unit(x):
+        y = x.astype(sums).reshape(*x.shape[:-1], groups, -1)
+        largest = jax.lax.stop_gradient(jnp.abs(y).max(-1, keepdims=True))
+        y = y / jnp.where(largest > 0, largest, 1)
+        square = (y * y).sum(-1, keepdims=True)
+        tiny = jnp.sqrt(square) * largest < 1e-6
+        zero = jax.lax.stop_gradient(y * largest / 1e-6)
+        return jnp.where(tiny, zero, y / jnp.sqrt(jnp.where(tiny, 1, square))).reshape(x.shape)
+
+    def attend(tensors, differentiable):
+        q, k, v = tensors
+        if l2norm_qk:
+            q, k = unit(q), unit(k)
+        repeats = q.shape[2] // k.shape[2]
+        k, v = (jnp.repeat(x, repeats, axis=2) for x in (k, v))
+        cosine = product("btnh,bsnh->bnts", stored(q), stored(k))
+        logits = jnp.reshape(differentiable["scale"], (-1, 1, 1)).astype(sums) * cosine
+        if "bias" in differentiable:
+            logits += differentiable["bias"].astype(sums)
+        if "relative_bias" in differentiable:
+            logits += jax.vmap(lambda i: differentiable["relative_bias"].astype(sums)[:, i])(entry)
+        logits = jnp.where(allowed, logits, -jnp.inf)
+        live = allowed.any(-1, keepdims=True)
+        top = jax.lax.stop_gradient(jnp.where(live, logits.max(-1, keepdims=True), 0))
+        weights = jnp.exp(logits - top)
+        total = jnp.where(live, weights.sum(-1, keepdims=True), 1)
+        out = product("bnts,bsnh->btnh", stored(weights / total), v.astype(sums))
+        lse = jnp.where(live, top + jnp.log(total), -jnp.inf)[..., 0]
+        return out.astype(dtype), lse.swapaxes(1, 2)
+
+    (out, lse), vjp = jax.vjp(attend, tensors, differentiable)
+    return out, lse, *vjp((dout, dlse))
+
+
+def named(out, lse, tensor_grads, option_grads) -> dict[str, np.ndarray]:
+    dq, dk, dv = tensor_grads
+    results = {"out": out, "lse": lse, "dq": dq, "dk": dk, "dv": dv}
+    results |= {f"d{name}": x for name, x in option_grads.items()}
+    return {name: np.asarray(x) for name, x in results.items()}
+
+
+def check(implementation: str, inputs: dict[str, np.ndarray], **options: Any) -> None:
+    """Holds one call, output, lse and all gradients, to the yardstick.
+
+    Also exact: dead rows give out 0, lse -inf and no gradient though their dout and dlse are NaN;
+    dead keys get no gradient though their rows are NaN; nothing is NaN. Where the kernels say that
+    they cannot do the call, implementation "cuda" must raise exactly that.
+
+    Args:
+      implementation: of `cosine_attention`.
+      inputs: as from `make_inputs`.
+      options: the other arguments of `cosine_attention`; arrays are NumPy's.
+    """
+    options = {"scale": 8.0, "precision": "highest"} | options
+    tensors = tuple(inputs[name] for name in ("query", "key", "value"))
+    if implementation == "cuda":
+        reason = jax_cosine_attn.why_not("cuda", *tensors, **options)
+        if reason is not None:
+            with pytest.raises(NotImplementedError, match=re.escape(reason)):
+                cosine_attention(*tensors, **options, implementation="cuda")
+            return
+
+    of_oracle = {name: x for name, x in options.items() if name != "precision"}
+    exact = oracle.attention(*tensors, **of_oracle, dout=inputs["dout"], dlse=inputs["dlse"])
+    dead_rows = np.isneginf(exact.lse)
+
+    differentiable, arrays = split(options)
+    static = tuple((x, y) for x, y in options.items() if x not in differentiable | arrays)
+    query, key, value = tensors
+    poisoned = [
+        np.where(exact.dead_keys[..., None], np.nan, x).astype(x.dtype) for x in tensors[1:]
+    ]
+    dout = np.where(dead_rows[..., None], np.nan, inputs["dout"]).astype(inputs["dout"].dtype)
+    dlse = np.where(dead_rows, np.nan, inputs["dlse"]).astype(inputs["dlse"].dtype)
+    ours = named(
+        *measured(implementation, (query, *poisoned), differentiable, arrays, dout, dlse, static)
+    )
+
+    with_scale = {"scale": np.asarray(options["scale"], ours["lse"].dtype)} | differentiable
+    # The clamp of scale_bound is the library's; where it acts the oracle alone is the judge.
+    cleaned_dout = np.where(dead_rows[..., None], 0, inputs["dout"]).astype(inputs["dout"].dtype)
+    cleaned_dlse = np.where(dead_rows, 0, inputs["dlse"]).astype(inputs["dlse"].dtype)
+    yard = named(
+        *plain(
+            tensors, with_scale, exact.allowed, relative_entries(inputs, options),
+            cleaned_dout, cleaned_dlse,
+            groups=options.get("l2norm_groups", 1), l2norm_qk=options.get("l2norm_qk", True),
+        )
+    )  # fmt: skip
+
+    assert not ours["out"][dead_rows].any(), "out of dead rows"
+    assert np.array_equal(np.isneginf(ours["lse"]), dead_rows), "lse of dead rows"
+    assert not ours["dq"][dead_rows].any(), "dq of dead rows"
+    assert not ours["dk"][exact.dead_keys].any(), "dk of dead keys"
+    assert not ours["dv"][exact.dead_keys].any(), "dv of dead keys"
+    for name, x in ours.items():
+        wanted = getattr(exact, name)
+        assert x.shape == wanted.shape, f"{name}: {x.shape}, not {wanted.shape}"
+        live = ~dead_rows if name == "lse" else ...
+        compare(name, x[live], yard[name][live], wanted[live])
+
+
+def relative_entries(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> np.ndarray:
+    """Entry of relative_bias that each pair reads, int [B, T, S]; clipped for pairs not allowed."""
+    (b, t), s = inputs["query"].shape[:2], inputs["key"].shape[1]
+    t_b, s_b = (
+        np.full(b, size) if options.get(name) is None else np.clip(options[name], 0, size)
+        for name, size in (("query_seq_lengths", t), ("key_value_seq_lengths", s))
+    )
+    entry = np.arange(t)[:, None] - np.arange(s) + (s_b - t_b)[:, None, None] + t - 1
+    return np.clip(entry, 0, max(t + s - 2, 0))
+
+
+def compare(name: str, x: np.ndarray, yard: np.ndarray, exact: np.ndarray) -> None:
+    """Maximum and root mean square of x's error against the yardstick."""
+    if not x.size:
+        return
+    ulp = float(jnp.finfo(x.dtype).eps)
+    error, allowed = (np.abs(y.astype(np.float64) - exact) for y in (x, yard))
+    assert np.isfinite(allowed).all(), f"{name}: no yardstick, the plain formula overflows"
+    for norm in (np.max, lambda y: np.sqrt(np.mean(y * y))):
+        limit = 2 * norm(allowed) + 4 * ulp * norm(np.abs(exact))
+        kind = "maximum" if norm is np.max else "rms"
+        assert norm(error) <= limit, (
+            f"{name}: {kind} error {norm(error):.3g}, at most {limit:.3g} "
+            f"(plain formula {norm(allowed):.3g}, largest value {np.abs(exact).max():.3g})"
+        )
