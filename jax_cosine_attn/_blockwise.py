@@ -170,14 +170,14 @@ class _Call:
             spans[axis] if axis in spans and size > 1 else (0, size)
             for axis, size in zip(axes, shape, strict=True)
         ]
-        return [start for start, _ in pairs], [size for _, size in pairs]
+        return [jnp.int32(start) for start, _ in pairs], [size for _, size in pairs]
 
     def read(self, x: jax.Array, axes: str, block: Block, div: int = 1) -> jax.Array:
         """The block of x for the entries of the chunk: leading dim `chunk`, or 1 if they share."""
         starts, sizes = self.place(axes, x.shape, block)
         if x.shape[0] == 1 or (div == 1 and x.shape[0] == self.batch):
             return lax.dynamic_slice(x, starts, sizes)
-        entries = ((block.b + jnp.arange(self.chunk)) // div) % x.shape[0]
+        entries = ((block.b + jnp.arange(self.chunk, dtype=jnp.int32)) // div) % x.shape[0]
         return jax.vmap(lambda b: lax.dynamic_slice(x, [b, *starts[1:]], [1, *sizes[1:]])[0])(
             entries
         )

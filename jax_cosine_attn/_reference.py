@@ -31,7 +31,7 @@ def reference_attention(ops: Operands, config: Config) -> tuple[jax.Array, jax.A
       out, shape and dtype of q with the full batch, and lse [B, N, T].
     """
     t, n, s, k_heads, h = shapes(ops, config)
-    group = n // k_heads
+    group = n // max(k_heads, 1)
     dtype = accumulation_dtype(ops.q.dtype)
     # Products of 16-bit inputs run at full float32 precision: a reference has no reason not to.
     precision = PRECISION[config.precision if ops.q.dtype == jnp.float32 else "highest"]
@@ -45,7 +45,7 @@ def reference_attention(ops: Operands, config: Config) -> tuple[jax.Array, jax.A
     live_row = jnp.any(allowed, axis=3, keepdims=True)  # [B|1, N|1, T, 1]
     live_key = jnp.any(allowed, axis=2)[..., None]  # [B|1, N|1, S, 1]
     if live_key.shape[1] == n:
-        live_key = live_key.reshape(-1, k_heads, group, s, 1).any(axis=2)
+        live_key = live_key.reshape(live_key.shape[0], k_heads, group, s, 1).any(axis=2)
 
     # Dead rows and keys are replaced before anything touches them, so that neither their NaNs nor
     # 0 * NaN in a transposed product can reach a live value or a gradient.
