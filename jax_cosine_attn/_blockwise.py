@@ -34,6 +34,9 @@ HEADS_PER_STEP = 64
 # The constant shift is the bound itself, so weights lie in [exp(-2 bound), 1]. At most 20 keeps
 # them above 4e-18: weight * value neither overflows nor vanishes for values from 1e-20 to 1e34.
 MAX_CONSTANT_SHIFT = 20.0
+# exp(logit - lse) is off by half an ulp of lse: 2e-6 here, and a factor of S where a bias of -1e9
+# covers a whole row. Beyond this the backward pass sums the weights of each row again.
+MAX_EXACT_LSE = 32.0
 
 
 class Block(NamedTuple):
@@ -167,7 +170,7 @@ class _Call:
             "d": (block.i - block.j + (self.s - self.block_k), self.block_q + self.block_k - 1),
         }
         pairs = [
-            spans[axis] if axis in spans and size > 1 else (0, size)
+            spans[axis] if axis in spans and size > 1 else (np.int32(0), size)
             for axis, size in zip(axes, shape, strict=True)
         ]
         return [jnp.int32(start) for start, _ in pairs], [size for _, size in pairs]
@@ -329,9 +332,7 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
     """
     call = _Call(ops, config)
     rows = (call.batch, call.n, call.t)
-    # The bound holds for rows normalised here and for logits without a bias.
-    is_bounded = config.l2norm_qk and ops.bias is None and ops.relative_bias is None
-    bound = math.inf if config.bound is None or not is_bounded else config.bound
+    bound = _bound(ops, config)
     needs_max = bound > MAX_CONSTANT_SHIFT
 
     def step(
@@ -398,26 +399,55 @@ def blockwise_bwd(
     call = _Call(ops, config, tiled)
     is_dead = lse == -jnp.inf
     products = jnp.sum(dout.astype(call.dtype) * out.astype(call.dtype), axis=-1)
-    products = products.swapaxes(1, 2) if config.layout == "BTNH" else products
-    delta = jnp.where(is_dead, 0, products if dlse is None else products - dlse)
+    products = jnp.where(is_dead, 0, _layout(products, config))
+    dlse = jnp.zeros_like(lse) if dlse is None else jnp.where(is_dead, 0, dlse)
     tensor_grads = [name for name in wanted if name != "scale"]
 
-    def step(
-        block: Block, edge: bool, dq: jax.Array, dk: jax.Array, dv: jax.Array, *grads: jax.Array
-    ) -> tuple[jax.Array, ...]:
+    def weights(
+        block: Block, edge: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
+        """(exp(logits - lse), scaled q, k, rows of dout, allowed), dead rows and keys zeroed."""
         bias = call.bias(block)
         allowed = call.allowed(block, edge, bias)
         q = call.scaled_q(block)
         k = call.live_keys(call.unit_k(block), allowed)
-        v = call.live_keys(call.read_heads(ops.v, call.k_axes, block, call.div["v"]), allowed)
         g = call.read_heads(dout, call.q_axes, block)
         row_lse = call.read(lse, "bnt", block)[..., None]
         if allowed is not None:
             dead_row = row_lse == -jnp.inf
             q, g, row_lse = (jnp.where(dead_row, 0, x) for x in (q, g, row_lse))
-        p = jnp.exp(call.logits(q, k, bias, allowed) - row_lse)
+        return jnp.exp(call.logits(q, k, bias, allowed) - row_lse), q, k, g, allowed
+
+    has_whole_rows = call.block_k == call.s
+    has_large_lse = _bound(ops, config) + math.log(call.s) > MAX_EXACT_LSE
+    row_sum = None
+    if has_large_lse and not has_whole_rows:
+
+        def add(block: Block, edge: bool, total: jax.Array) -> tuple[jax.Array]:
+            return (total + weights(block, edge)[0].sum(axis=-1),)
+
+        row_sum = lax.cond(
+            jnp.max(jnp.where(is_dead, 0, jnp.abs(lse))) > MAX_EXACT_LSE,
+            lambda: call.scan(add, (("bnt", jnp.zeros_like(lse)),))[0],
+            lambda: jnp.ones_like(lse),
+        )
+        row_sum = jnp.where(is_dead, 1, row_sum)
+
+    def step(
+        block: Block, edge: bool, dq: jax.Array, dk: jax.Array, dv: jax.Array, *grads: jax.Array
+    ) -> tuple[jax.Array, ...]:
+        p, q, k, g, allowed = weights(block, edge)
+        v = call.live_keys(call.read_heads(ops.v, call.k_axes, block, call.div["v"]), allowed)
         dp = call.product("rh,sh->rs", g, v)
-        ds = p * (dp - call.read(delta, "bnt", block)[..., None])
+        row_products = call.read(products, "bnt", block)[..., None]
+        if has_whole_rows:
+            # Free of the roundings of lse and out.
+            total = p.sum(axis=-1, keepdims=True)
+            p = p / jnp.where(total == 0, 1, total)
+            row_products = (p * dp).sum(axis=-1, keepdims=True)
+        elif row_sum is not None:
+            p = p / call.read(row_sum, "bnt", block)[..., None]
+        ds = p * (dp - row_products + call.read(dlse, "bnt", block)[..., None])
         dq = dq + call.product("rs,sh->rh", ds, k)
         dk = dk + call.product("rh,rs->hs", q, ds)
         dv = dv + call.product("rh,rs->hs", g, p)
@@ -460,7 +490,9 @@ def blockwise_bwd(
         _layout(dv.astype(ops.v.dtype), config),
     ]
     if "scale" in batch_of:
-        dscale = call.folded(jnp.sum(unit_q * dq, axis=(2, 3)), batch_of["scale"])
+        # In two steps, kept apart by the barrier: one long float32 sum would lose a digit.
+        rows = lax.optimization_barrier(jnp.sum(unit_q * dq, axis=3))
+        dscale = call.folded(jnp.sum(rows, axis=2), batch_of["scale"])
         results.append(dscale.astype(ops.scale.dtype))
     sizes = dict(zip(wanted, grad_batch, strict=True))
     for name, x in zip(tensor_grads, grads, strict=True):
@@ -468,6 +500,12 @@ def blockwise_bwd(
             x = call.folded(call.rolled(x, 1), sizes[name])
         results.append(x.astype(getattr(ops, name).dtype))
     return tuple(results)
+
+
+def _bound(ops: Operands, config: Config) -> float:
+    """Bound of |logits|: known for rows normalised here, scaled within bounds and without bias."""
+    is_known = config.l2norm_qk and ops.bias is None and ops.relative_bias is None
+    return config.bound if is_known and config.bound is not None else math.inf
 
 
 def _unit_rows(
@@ -486,7 +524,7 @@ def _unit_rows(
 
 
 def _layout(x: jax.Array, config: Config) -> jax.Array:
-    """Heads first to the layout of the call, and back."""
+    """[B, heads, rows, ..] to the layout of the call, and back."""
     return x.swapaxes(1, 2) if config.layout == "BTNH" else x
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,20 +16,43 @@ def accumulation_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
     return jnp.promote_types(dtype, jnp.float32)
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def normalize(x: jax.Array, groups: int) -> jax.Array:
     """`l2norm` in the accumulation dtype, without checks: what the implementations multiply."""
-    dtype = accumulation_dtype(x.dtype)
-    y = x.astype(dtype).reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+    y = _slices(x, groups)
     # Squares of values beyond 1e19 overflow float32 and below 1e-19 vanish, so every slice is first
-    # divided by a power of two near its largest entry, which changes no digit. The quotient below
-    # does not depend on that divisor, hence no gradient through it.
-    largest = jnp.max(jnp.abs(lax.stop_gradient(y)), axis=-1, keepdims=True, initial=1e-30)
-    divisor = lax.reduce_precision(0.5 * largest, jnp.finfo(dtype).nexp, mantissa_bits=0)
+    # divided by a power of two near its largest entry, which changes no digit.
+    largest = jnp.max(jnp.abs(y), axis=-1, keepdims=True, initial=1e-30)
+    divisor = lax.reduce_precision(0.5 * largest, jnp.finfo(y.dtype).nexp, mantissa_bits=0)
     unit = y / divisor
-    squares = jnp.sum(unit * unit, axis=-1, keepdims=True)
-    is_zero = lax.stop_gradient(jnp.sqrt(squares)) * divisor < EPS
-    norm = jnp.sqrt(jnp.where(is_zero, 1.0, squares))
-    return jnp.where(is_zero, lax.stop_gradient(y) / EPS, unit / norm).reshape(x.shape)
+    norm = jnp.sqrt(jnp.sum(unit * unit, axis=-1, keepdims=True))
+    is_zero = norm * divisor < EPS
+    return jnp.where(is_zero, y / EPS, unit / jnp.where(is_zero, 1, norm)).reshape(x.shape)
+
+
+@normalize.defjvp
+def _normalize_jvp(
+    groups: int, primals: tuple[jax.Array], tangents: tuple[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """The part of dx orthogonal to u = x / ||x||, over the norm; 0 where the norm is clamped.
+
+    Written out because the derivative of the quotient takes a difference of large numbers: its
+    float32 error is several times this one's, which is 0 for H = 1, as it should be.
+    """
+    (x,), (dx,) = primals, tangents
+    out = normalize(x, groups)
+    u, y, dy = (_slices(z, groups) for z in (out, x, dx))
+    norm = jnp.sum(u * y, axis=-1, keepdims=True)
+    is_zero = norm < EPS
+    norm = jnp.where(is_zero, 1, norm)
+    du = (dy - u * jnp.sum(u * dy, axis=-1, keepdims=True)) / norm
+    return out, jnp.where(is_zero, 0, du).reshape(x.shape)
+
+
+def _slices(x: jax.Array, groups: int) -> jax.Array:
+    """[.., H] to [.., groups, H / groups] in the accumulation dtype."""
+    shape = (*x.shape[:-1], groups, x.shape[-1] // groups)
+    return x.astype(accumulation_dtype(x.dtype)).reshape(shape)
 
 
 def l2norm(x: jax.Array, groups: int = 1) -> jax.Array:
