@@ -158,7 +158,8 @@ Inputs read_inputs(Checker& check, const ffi::AnyBuffer& q, const ffi::AnyBuffer
   if (!is_absent(q_lengths)) check.shape("q_lengths", q_lengths, ffi::S32, {-1});
   if (!is_absent(kv_lengths)) check.shape("kv_lengths", kv_lengths, ffi::S32, {-1});
   constexpr int64_t kMax = int64_t(1) << 31;
-  check.require(t < kMax - 256 && s < kMax - 256 && batch < kMax, "extents beyond 2^31");
+  check.require(t < kMax - 256 && s < kMax - 256 && batch < kMax && n * h < kMax,
+                "extents beyond 2^31: got q " + shape_text(q) + ", k " + shape_text(k));
   if (!check.ok()) return in;
 
   Problem& p = in.problem;

@@ -35,7 +35,8 @@ struct Rows {
   };
   template <typename T>
   __device__ Head<T> head(int64_t b, int head) const {
-    return {static_cast<T*>(data) + batch(b) * stride_batch + head * stride_head, static_cast<int>(stride_row)};
+    return {static_cast<T*>(data) + batch(b) * stride_batch + head * stride_head,
+            static_cast<int>(stride_row)};
   }
 };
 

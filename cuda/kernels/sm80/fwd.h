@@ -10,9 +10,9 @@
 
 namespace jca::sm80 {
 
-// 128 query rows. 4 warps of 32 rows read each key fragment for two products, and two such CTAs fill an
-// SM (kernels/NOTES.md); where 32 rows of accumulators leave no registers it is 8 warps of 16 rows.
-// kBlockN: what 163 KB of shared memory (sm_80) and 255 registers allow.
+// 128 query rows. 4 warps of 32 rows read each key fragment for two products, and two or three such CTAs
+// share an SM (kernels/NOTES.md); where 32 rows of accumulators leave no registers it is 8 warps of 16.
+// kBlockN: what 163 KB of shared memory (sm_80) and the registers allow.
 template <class OpS_, class OpV_, int kHeadDim_>
 struct FwdTile {
   using OpS = OpS_;  // arithmetic of q^ k^T
@@ -23,7 +23,10 @@ struct FwdTile {
   static constexpr int kBlockM = 128;
   static constexpr int kThreads = kBlockM / (16 * kM) * 32;
   static constexpr int kBlockN =
-      kIsFloat ? (kHeadDim <= 128 ? 64 : kHeadDim <= 192 ? 32 : 16) : (kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256 ? 32 : 64);
+      kIsFloat ? (kHeadDim <= 128   ? 64
+                  : kHeadDim <= 192 ? 32
+                                    : 16)
+               : (kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256 ? 32 : 64);
   static constexpr int kMinBlocks = kM == 2 ? (kHeadDim <= 64 ? 3 : 2) : 1;
   using TileQ = SmemTile<typename OpS::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename OpS::T, kBlockN, kHeadDim>;
@@ -34,7 +37,8 @@ struct FwdTile {
 // Grid: x = query blocks * N * B, the query block running fastest and from the last one down, so that
 // causal blocks with the most keys start first.
 template <class Tile>
-__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks) cosine_attn_fwd_sm80(const FwdParams params) {
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
+    cosine_attn_fwd_sm80(const FwdParams params) {
   using OpS = typename Tile::OpS;
   using OpV = typename Tile::OpV;
   using TS = typename OpS::T;
