@@ -34,9 +34,6 @@ HEADS_PER_STEP = 64
 # The constant shift is the bound itself, so weights lie in [exp(-2 bound), 1]. At most 20 keeps
 # them above 4e-18: weight * value neither overflows nor vanishes for values from 1e-20 to 1e34.
 MAX_CONSTANT_SHIFT = 20.0
-# exp(logit - lse) is off by half an ulp of lse: 2e-6 here, and a factor of S where a bias of -1e9
-# covers a whole row. Beyond this the backward pass sums the weights of each row again.
-MAX_EXACT_LSE = 32.0
 
 
 class Block(NamedTuple):
@@ -321,14 +318,16 @@ class _Call:
         return carry
 
 
-def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
+def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Forward pass.
 
     Args:
       ops: operands under the batch rule of `Operands`; no axis is empty.
       config: static description of the call.
     Returns:
-      out, layout of q, full batch, dtype of v; lse [B, N, T], float32 (float64 for float64 inputs).
+      out, layout of q, full batch, dtype of v; lse [B, N, T], float32 (float64 for float64 inputs),
+      and lse_low, what rounding took from it: exp(logit - lse) is off by half an ulp of lse, in all
+      of a row, and a factor of S where a bias of -1e9 covers it.
     """
     call = _Call(ops, config)
     rows = (call.batch, call.n, call.t)
@@ -365,14 +364,21 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
     is_dead = row_sum == 0
     row_sum = jnp.where(is_dead, 1, row_sum)
     shift = row_max[0] if needs_max else bound
-    lse = jnp.where(is_dead, -jnp.inf, shift + jnp.log(row_sum))
-    return _layout((pv / row_sum[..., None]).astype(ops.v.dtype), config), lse
+    # Two-sum (Knuth, TAOCP 2, 4.2.2), and what the logarithm itself rounded off.
+    log_sum = jnp.log(row_sum)
+    lse = shift + log_sum
+    from_log = lse - shift
+    lse_low = (shift - (lse - from_log)) + (log_sum - from_log)
+    lse_low += row_sum * jnp.exp(-log_sum) - 1
+    out = _layout((pv / row_sum[..., None]).astype(ops.v.dtype), config)
+    return out, jnp.where(is_dead, -jnp.inf, lse), jnp.where(is_dead, 0, lse_low)
 
 
 def blockwise_bwd(
     ops: Operands,
     out: jax.Array,
     lse: jax.Array,
+    lse_low: jax.Array,
     dout: jax.Array,
     dlse: jax.Array | None,
     config: Config,
@@ -383,7 +389,7 @@ def blockwise_bwd(
 
     Args:
       ops, config: as in the forward pass.
-      out, lse: its results.
+      out, lse, lse_low: its results.
       dout, dlse: their cotangents; dead rows are ignored; dlse None means 0.
       wanted: subsequence of ("scale", "bias", "relative_bias").
       grad_batch: leading dim of each wanted gradient; batch entry b adds to entry b % grad_batch.
@@ -412,26 +418,13 @@ def blockwise_bwd(
         q = call.scaled_q(block)
         k = call.live_keys(call.unit_k(block), allowed)
         g = call.read_heads(dout, call.q_axes, block)
-        row_lse = call.read(lse, "bnt", block)[..., None]
+        row_lse, row_low = (call.read(x, "bnt", block)[..., None] for x in (lse, lse_low))
         if allowed is not None:
             dead_row = row_lse == -jnp.inf
             q, g, row_lse = (jnp.where(dead_row, 0, x) for x in (q, g, row_lse))
-        return jnp.exp(call.logits(q, k, bias, allowed) - row_lse), q, k, g, allowed
+        return jnp.exp(call.logits(q, k, bias, allowed) - row_lse - row_low), q, k, g, allowed
 
     has_whole_rows = call.block_k == call.s
-    has_large_lse = _bound(ops, config) + math.log(call.s) > MAX_EXACT_LSE
-    row_sum = None
-    if has_large_lse and not has_whole_rows:
-
-        def add(block: Block, edge: bool, total: jax.Array) -> tuple[jax.Array]:
-            return (total + weights(block, edge)[0].sum(axis=-1),)
-
-        row_sum = lax.cond(
-            jnp.max(jnp.where(is_dead, 0, jnp.abs(lse))) > MAX_EXACT_LSE,
-            lambda: call.scan(add, (("bnt", jnp.zeros_like(lse)),))[0],
-            lambda: jnp.ones_like(lse),
-        )
-        row_sum = jnp.where(is_dead, 1, row_sum)
 
     def step(
         block: Block, edge: bool, dq: jax.Array, dk: jax.Array, dv: jax.Array, *grads: jax.Array
@@ -441,12 +434,10 @@ def blockwise_bwd(
         dp = call.product("rh,sh->rs", g, v)
         row_products = call.read(products, "bnt", block)[..., None]
         if has_whole_rows:
-            # Free of the roundings of lse and out.
+            # Free of the rounding of out.
             total = p.sum(axis=-1, keepdims=True)
             p = p / jnp.where(total == 0, 1, total)
             row_products = (p * dp).sum(axis=-1, keepdims=True)
-        elif row_sum is not None:
-            p = p / call.read(row_sum, "bnt", block)[..., None]
         ds = p * (dp - row_products + call.read(dlse, "bnt", block)[..., None])
         dq = dq + call.product("rs,sh->rh", ds, k)
         dk = dk + call.product("rh,rs->hs", q, ds)

@@ -20,7 +20,8 @@ import numpy as np
 from jax_cosine_attn._config import FIELDS, Config, Operands, shapes
 
 _MAX_HEAD_DIM = 256
-_LONGEST_QUERY_BLOCK = 128  # rows of lse and delta are padded to a multiple of every block
+_LONGEST_QUERY_BLOCK = 128  # per-row numbers are padded to a multiple of every block
+_ROW_STATS = 3  # RowStat in cuda/kernels/params.h
 # Operands the kernels read; the order is that of the FFI handlers, absent ones are passed empty.
 _OPERANDS = ("q", "k", "v", "scale", "mask", "q_lengths", "kv_lengths")
 _EMPTY = {"mask": jnp.bool_, "q_lengths": jnp.int32, "kv_lengths": jnp.int32}
@@ -102,20 +103,19 @@ def why_not_cuda(ops: Operands, config: Config) -> str | None:
         return f"the CUDA kernels do not support local_window_size, got {config.window}"
     if config.deterministic:
         return "the CUDA kernels do not support deterministic=True"
-    if config.bound is None:
-        return "the CUDA kernels need scale_bound when scale is an array"
-    limit = 11.0 if ops.q.dtype == jnp.float16 else 63.0
-    if config.bound > limit:
-        return (
-            f"the CUDA kernels need |scale| * l2norm_groups <= {limit:g} for {ops.q.dtype}, "
-            f"got {config.bound:g}"
-        )
     return None
 
 
-def _shift(dtype: Any, bound: float) -> float:
-    """Constant c of exp(logit - c): no row vanishes, nothing overflows, for |logit| <= bound."""
-    return 0.0 if dtype == jnp.float16 else max(0.0, bound - 40.0)
+def _constant_shift(dtype: Any, bound: float | None) -> float | None:
+    """c of exp(logit - c) that loses no row and overflows nowhere for |logit| <= bound; None: the
+    kernels need a running maximum.
+
+    float16 weights: exp(-11) is the last to keep some digits, exp(11.09) the largest. float32:
+    exp(-2 * 63 + 40) is still a normal number. bfloat16 has float32's range, but there the unit
+    rows of the forward, in float16, and of the backward, in bfloat16, must differ by little.
+    """
+    largest = {jnp.dtype(jnp.float16): 11.0, jnp.dtype(jnp.bfloat16): 16.0}.get(dtype, 63.0)
+    return None if bound is None or bound > largest else max(0.0, bound - 40.0)
 
 
 def _call(
@@ -140,10 +140,15 @@ def _call(
         l2norm_qk=config.l2norm_qk,
         groups=np.int32(config.groups),
         is_causal=config.is_causal,
-        three_passes=config.precision != "default",
+        three_passes=_three_passes(config),
         div=np.array([config.div[FIELDS.index(field)] for field in _OPERANDS], np.int64),
         **attributes,
     )
+
+
+def _three_passes(config: Config) -> bool:
+    """float32 products in three TF32 passes; attribute of every call, meaningful for float32."""
+    return config.precision != "default"
 
 
 def _padded(x: int, multiple: int) -> int:
@@ -161,26 +166,37 @@ def _hats(ops: Operands, config: Config, dtype: Any) -> list[jax.ShapeDtypeStruc
     ]
 
 
-def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
-    """(out, lse) from the kernels; lse is float32 [B, N, T]."""
+def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(out, lse, lse_low) from the kernels, the latter two float32 [B, N, T]."""
     t, n, _, _, _ = shapes(ops, config)
-    assert config.bound is not None
+    dtype = ops.q.dtype
+    shift = _constant_shift(dtype, config.bound)
     # Unit vectors need no range: float16 keeps three bits more of them than bfloat16.
-    hat = jnp.float32 if ops.q.dtype == jnp.float32 else jnp.float16
+    hat = jnp.float16 if dtype == jnp.bfloat16 and shift is not None else dtype
+    rows = jax.ShapeDtypeStruct((config.batch, n, t), jnp.float32)
     results = [
-        jax.ShapeDtypeStruct((config.batch, *ops.q.shape[1:]), ops.q.dtype),
-        jax.ShapeDtypeStruct((config.batch, n, t), jnp.float32),
+        jax.ShapeDtypeStruct((config.batch, *ops.q.shape[1:]), dtype),
+        rows,
+        rows,
         *_hats(ops, config, hat),
     ]
-    shift = np.float32(_shift(ops.q.dtype, config.bound))
-    out, lse, *_ = _call("jax_cosine_attn_fwd", results, ops, (), config, shift=shift)
-    return out, lse
+    out, lse, lse_low, *_ = _call(
+        "jax_cosine_attn_fwd",
+        results,
+        ops,
+        (),
+        config,
+        shift=np.float32(shift or 0),
+        running_max=shift is None,
+    )
+    return out, lse, lse_low
 
 
 def cuda_bwd(
     ops: Operands,
     out: jax.Array,
     lse: jax.Array,
+    lse_low: jax.Array,
     dout: jax.Array,
     dlse: jax.Array | None,
     config: Config,
@@ -191,6 +207,8 @@ def cuda_bwd(
     t, n, s, k, h = shapes(ops, config)
     batch, dtype, row = config.batch, ops.q.dtype, _padded(h, 8)
     padded_t = _padded(t, _LONGEST_QUERY_BLOCK)
+    # Three passes accumulate in float64: two float32 each, which needs no jax_enable_x64.
+    accum = 2 * row if dtype == jnp.float32 and _three_passes(config) else row
     dscale_shape = (grad_batch[0], n) if wanted else (0, n)  # only scale: biases are refused
     results = [
         jax.ShapeDtypeStruct((batch, *ops.q.shape[1:]), dtype),
@@ -201,10 +219,10 @@ def cuda_bwd(
         jax.ShapeDtypeStruct((batch, n, 0 if row == h else t, row), dtype),  # dout, padded
         jax.ShapeDtypeStruct((batch, n, t, config.groups), jnp.float32),  # inverse norms of q
         jax.ShapeDtypeStruct((ops.k.shape[0], k, s, config.groups), jnp.float32),  # and of k
-        jax.ShapeDtypeStruct((batch, n, padded_t), jnp.float32),  # lse in log2 units
-        jax.ShapeDtypeStruct((batch, n, padded_t), jnp.float32),  # delta
-        jax.ShapeDtypeStruct((batch, n, t, row), jnp.float32),  # dq accumulator
+        jax.ShapeDtypeStruct((batch, n, _ROW_STATS, padded_t), jnp.float32),
+        jax.ShapeDtypeStruct((batch, n, t if wanted else 0, 2), jnp.float32),  # sums over keys
+        jax.ShapeDtypeStruct((batch, n, t, accum), jnp.float32),  # dq accumulator
     ]
-    extra = (out, lse, dout, jnp.zeros((0,), jnp.float32) if dlse is None else dlse)
+    extra = (out, lse, lse_low, dout, jnp.zeros((0,), jnp.float32) if dlse is None else dlse)
     dq, dk, dv, dscale, *_ = _call("jax_cosine_attn_bwd", results, ops, extra, config)
     return (dq, dk, dv, dscale) if wanted else (dq, dk, dv)

@@ -1,8 +1,9 @@
 """The two primitives: what JAX is told about a call, whatever computes it.
 
-Operands are the fields of `Operands` that are present, in order; the backward adds out, lse, dout
-and, with `has_dlse`, dlse. The parameter `fields` names those present. An implementation is chosen
-when the call is lowered for a platform, so one traced function serves all of them.
+Operands are the fields of `Operands` that are present, in order; the backward adds out, lse,
+lse_low, dout and, with `has_dlse`, dlse. The parameter `fields` names those present. An
+implementation is chosen when the call is lowered for a platform, so one traced function serves all
+of them.
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ cosine_attn_bwd_p = Primitive("cosine_attn_bwd")
 cosine_attn_bwd_p.multiple_results = True
 
 
-def fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
-    """(out, lse): out in q's layout and dtype, lse [B, N, T]."""
+def fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """(out, lse, lse_low): out in q's layout and dtype, lse [B, N, T], and what rounding took from
+    it, 0 in dead rows."""
     fields, operands = _present(ops)
-    out, lse = cosine_attn_fwd_p.bind(*operands, config=config, fields=fields)
-    return out, lse
+    out, lse, lse_low = cosine_attn_fwd_p.bind(*operands, config=config, fields=fields)
+    return out, lse, lse_low
 
 
 def bwd(
     ops: Operands,
     out: jax.Array,
     lse: jax.Array,
+    lse_low: jax.Array,
     dout: jax.Array,
     dlse: jax.Array | None,
     config: Config,
@@ -52,6 +55,7 @@ def bwd(
             *operands,
             out,
             lse,
+            lse_low,
             dout,
             *(() if dlse is None else (dlse,)),
             config=config,
@@ -106,10 +110,8 @@ def _fwd_abstract_eval(
 ) -> tuple[ShapedArray, ...]:
     ops = Operands(**dict(zip(fields, avals, strict=True)))
     lse_axes = (0, 2, 1) if config.layout == "BTNH" else (0, 1, 2)
-    return (
-        _aval(ops.q, range(4), config.batch, ops.q.dtype),
-        _aval(ops.q, lse_axes, config.batch, ops.scale.dtype),
-    )
+    lse = _aval(ops.q, lse_axes, config.batch, ops.scale.dtype)
+    return _aval(ops.q, range(4), config.batch, ops.q.dtype), lse, lse
 
 
 def _bwd_abstract_eval(
@@ -173,7 +175,8 @@ def _lowered_fwd(
     if _is_empty(ops, config):
         t, n, *_ = shapes(ops, config)
         out = jnp.zeros((config.batch, *ops.q.shape[1:]), ops.q.dtype)
-        return out, jnp.full((config.batch, n, t), -jnp.inf, ops.scale.dtype)
+        lse = jnp.full((config.batch, n, t), -jnp.inf, ops.scale.dtype)
+        return out, lse, jnp.zeros_like(lse)
     return (_ffi.cuda_fwd if use_cuda else blockwise_fwd)(ops, config)
 
 
@@ -194,9 +197,10 @@ def _lowered_bwd(
             jnp.zeros((batch, *x.shape[1:]), x.dtype)
             for x, batch in zip(primals, batches, strict=True)
         )
-    out, lse, dout, *dlse = operands[len(fields) :]
+    out, lse, lse_low, dout, *dlse = operands[len(fields) :]
     rule = _ffi.cuda_bwd if use_cuda else blockwise_bwd
-    return rule(ops, out, lse, dout, dlse[0] if has_dlse else None, config, wanted, grad_batch)
+    cotangents = dout, dlse[0] if has_dlse else None
+    return rule(ops, out, lse, lse_low, *cotangents, config, wanted, grad_batch)
 
 
 def _register(primitive: Primitive, fun: Callable, platform: str | None) -> None:

@@ -43,7 +43,8 @@ def _arrays(ops: Operands) -> dict[str, Any]:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _attention(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array]:
-    return _primitive.fwd(ops, config)
+    out, lse, _ = _primitive.fwd(ops, config)
+    return out, lse
 
 
 def _forward(ops: Any, config: Config) -> tuple[tuple[jax.Array, jax.Array], Any]:
@@ -51,22 +52,22 @@ def _forward(ops: Any, config: Config) -> tuple[tuple[jax.Array, jax.Array], Any
     # travels as the keys of a dict: part of the residuals' structure, not one of their arrays.
     wanted = {name: None for name in _OPTIONAL if (x := getattr(ops, name)) and x.perturbed}
     values = Operands(**{name: x.value for name, x in _arrays(ops).items()})
-    out, lse = _primitive.fwd(values, config)
+    out, lse, lse_low = _primitive.fwd(values, config)
     # Names inside the rule, so that a checkpoint policy can keep exactly these residuals.
     out = checkpoint_name(out, "cosine_attn_out")
-    lse = checkpoint_name(lse, "cosine_attn_lse")
-    return (out, lse), (values, out, lse, wanted)
+    lse, lse_low = (checkpoint_name(x, "cosine_attn_lse") for x in (lse, lse_low))
+    return (out, lse), (values, out, lse, lse_low, wanted)
 
 
 def _backward(config: Config, residuals: Any, cotangents: Any) -> tuple[Operands | None]:
-    ops, out, lse, wanted = residuals
+    ops, out, lse, lse_low, wanted = residuals
     dout, dlse = (None if isinstance(x, SymbolicZero) else x for x in cotangents)
     if dout is None and dlse is None:
         return (None,)
     if dout is None:
         dout = jnp.zeros_like(out)
     names = tuple(name for name in _OPTIONAL if name in wanted)
-    dq, dk, dv, *rest = _primitive.bwd(ops, out, lse, dout, dlse, config, names)
+    dq, dk, dv, *rest = _primitive.bwd(ops, out, lse, lse_low, dout, dlse, config, names)
     absent: Any = None  # no gradient: JAX reads None as zero
     grads = Operands(dq, dk, dv, absent)
     return (grads._replace(**dict(zip(names, rest, strict=True))),)

@@ -43,3 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu") and (reason := _why_no_gpu()):
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def exact_products():
+    """float32 products in full: a GPU's default is TF32, which no test of a few ulp survives."""
+    import jax
+
+    with jax.default_matmul_precision("highest"):
+        yield

@@ -18,7 +18,7 @@ def run(tmp_path, *options):
 
 
 def test_runs_every_direction_and_mode_beside_xla(tmp_path, capsys):
-    content = run(tmp_path, "--causal", "--mask-prob", "0.3")
+    content = run(tmp_path, "--causal", "--mask-prob", "0.3", "--peers", "xla")
     rows = content["rows"]
     assert [(row["direction"], row["mode"], row["implementation"]) for row in rows] == [
         (direction, mode, implementation)

@@ -17,6 +17,8 @@ from jax_cosine_attn.flax import attention_fn
 from jax_cosine_attn.flax.linen import MultiHeadCosineAttention as LinenModule
 from jax_cosine_attn.flax.nnx import MultiHeadCosineAttention as NnxModule
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 QKV = tuple(normal(B, T, HEADS, HEAD_DIM, seed=i) for i in range(3))
 
 

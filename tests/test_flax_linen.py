@@ -24,6 +24,8 @@ from flax_cases import (
 from jax_cosine_attn.flax.linen import MultiHeadCosineAttention
 from jax_cosine_attn.flax.nnx import MultiHeadCosineAttention as NnxModule
 
+pytestmark = pytest.mark.usefixtures("exact_products")
+
 Flax = nn.MultiHeadDotProductAttention
 
 

@@ -398,13 +398,13 @@ def test_blockwise_batch_rule(monkeypatch, seed, heads_per_step):
     (_, (out, lse)), want = jax.jit(jax.value_and_grad(loss, has_aux=True))(
         {name: getattr(whole, name) for name in floats}
     )
-    got_out, got_lse = jax.jit(_blockwise.blockwise_fwd, static_argnums=1)(ops, short)
+    got_out, got_lse, low = jax.jit(_blockwise.blockwise_fwd, static_argnums=1)(ops, short)
     np.testing.assert_allclose(got_out, out, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(got_lse, lse, rtol=1e-5, atol=1e-6)
 
     wanted, grad_batch = floats[3:], (1, 3, 4)
-    grads = jax.jit(_blockwise.blockwise_bwd, static_argnums=(5, 6, 7))(
-        ops, got_out, got_lse, dout, dlse, short, wanted, grad_batch
+    grads = jax.jit(_blockwise.blockwise_bwd, static_argnums=(6, 7, 8))(
+        ops, got_out, got_lse, low, dout, dlse, short, wanted, grad_batch
     )
     for name, got, size_of in zip(floats, grads, (batch,) * 3 + grad_batch, strict=True):
         folded = np.asarray(want[name]).reshape(-1, size_of, *got.shape[1:]).sum(axis=0)

@@ -209,7 +209,8 @@ def test_reference_as_the_fallback_of_cuda(kernels, platform):
 
 def test_reference_where_cuda_refuses(kernels):
     def f(q, k, v):
-        return cosine_attention(q, k, v, scale=100.0, implementation=("cuda", "reference", "xla"))
+        choice = ("cuda", "reference", "xla")
+        return cosine_attention(q, k, v, deterministic=True, implementation=choice)
 
     text = lowered(f, *arrays())
     assert "jax_cosine_attn" not in text
@@ -226,11 +227,35 @@ UNSUPPORTED = {
     ),
     "window": ("local_window_size", {"local_window_size": 2}),
     "deterministic": ("deterministic", {"deterministic": True}),
-    "large-scale": ("<= 63 for bfloat16, got 64", {"scale": 64.0}),
-    "large-bound": ("got 120", {"scale": 60.0, "l2norm_groups": 2}),
-    "float16-scale": ("<= 11 for float16, got 11.5", {"scale": 11.5}),
-    "unbounded": ("scale_bound", {"scale": jax.ShapeDtypeStruct((N,), jnp.float32)}),
 }
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "running_max", "shift"),
+    [
+        (jnp.float16, {"scale": 11.0}, False, 0),
+        (jnp.float16, {"scale": 11.5}, True, 0),
+        (jnp.bfloat16, {"scale": 8.0, "l2norm_groups": 2}, False, 0),
+        (jnp.bfloat16, {"scale": 60.0}, True, 0),
+        (jnp.float32, {"scale": 60.0}, False, 20),
+        (jnp.float32, {"scale": -32.0, "l2norm_groups": 2}, True, 0),
+        (jnp.float32, {"scale": jax.ShapeDtypeStruct((N,), jnp.float32)}, True, 0),
+        (jnp.float32, {"scale": jnp.ones(N), "scale_bound": 9.0}, False, 0),
+    ],
+)
+def test_bound_decides_about_the_running_maximum(kernels, dtype, options, running_max, shift):
+    arguments = {"scale": 8.0} | options
+    scale = arguments.pop("scale")
+
+    def f(q, k, v, *learned):
+        given = learned[0] if learned else scale
+        return cosine_attention(q, k, v, scale=given, **arguments)
+
+    learned = () if isinstance(scale, float) else (scale,)
+    (call,) = calls(lowered(f, *arrays(dtype), *learned), "jax_cosine_attn_fwd")
+    found = attributes(call)
+    assert found["running_max"] == str(running_max).lower()
+    assert float(found["shift"].split(" :")[0]) == shift
 
 
 @pytest.mark.parametrize(("reason", "options"), UNSUPPORTED.values(), ids=UNSUPPORTED)

@@ -203,9 +203,10 @@ using Result = ffi::Result<ffi::AnyBuffer>;
 
 ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                    ffi::AnyBuffer scale, ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths,
-                   ffi::AnyBuffer kv_lengths, Result out, Result lse, Result q_hat, Result k_hat,
-                   Result v_padded, bool heads_first, bool l2norm_qk, int32_t groups, bool is_causal,
-                   bool three_passes, float shift, ffi::Span<const int64_t> div) {
+                   ffi::AnyBuffer kv_lengths, Result out, Result lse, Result lse_low, Result q_hat,
+                   Result k_hat, Result v_padded, bool heads_first, bool l2norm_qk, int32_t groups,
+                   bool is_causal, bool three_passes, float shift, bool running_max,
+                   ffi::Span<const int64_t> div) {
   Checker check;
   const auto d = out->dimensions();
   check.require(d.size() == 4, "out: got " + shape_text(*out));
@@ -217,9 +218,10 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
 
   const Problem& p = in.problem;
   const int64_t hp = p.head_dim_padded, n = p.num_heads, kv = p.num_heads_kv;
-  const ffi::DataType hat = in.dtype == ffi::F32 ? ffi::F32 : ffi::F16;
+  const ffi::DataType hat = running_max || in.dtype == ffi::F32 ? in.dtype : ffi::F16;
   check.shape("out", *out, in.dtype, {p.batch, q.dimensions()[1], q.dimensions()[2], p.head_dim});
   check.shape("lse", *lse, ffi::F32, {p.batch, n, p.seqlen_q});
+  check.shape("lse_low", *lse_low, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("q_hat", *q_hat, hat, {p.batch, n, p.seqlen_q, hp});
   check.shape("k_hat", *k_hat, hat, {k.dimensions()[0], kv, p.seqlen_k, hp});
   check.shape("v_padded", *v_padded, in.dtype,
@@ -236,16 +238,18 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                                           .k_hat = packed_rows(*k_hat, div[1]),
                                           .v_padded = packed_rows(*v_padded, div[2]),
                                           .out = rows_of(*out, heads_first, 1),
-                                          .lse = lse->typed_data<float>()}));
+                                          .lse = lse->typed_data<float>(),
+                                          .lse_low = lse_low->typed_data<float>(),
+                                          .running_max = running_max}));
 }
 
 ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
                     ffi::AnyBuffer scale, ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths,
                     ffi::AnyBuffer kv_lengths, ffi::AnyBuffer out, ffi::AnyBuffer lse,
-                    ffi::AnyBuffer dout, ffi::AnyBuffer dlse, Result dq, Result dk, Result dv,
+                    ffi::AnyBuffer lse_low, ffi::AnyBuffer dout, ffi::AnyBuffer dlse, Result dq, Result dk, Result dv,
                     Result dscale, Result q_hat, Result k_hat, Result v_padded, Result dout_padded,
-                    Result q_inverse_norm, Result k_inverse_norm, Result lse_log2, Result delta,
-                    Result dq_accum, bool heads_first, bool l2norm_qk, int32_t groups,
+                    Result q_inverse_norm, Result k_inverse_norm, Result row_stats,
+                    Result row_sums, Result dq_accum, bool heads_first, bool l2norm_qk, int32_t groups,
                     bool is_causal, bool three_passes, ffi::Span<const int64_t> div) {
   Checker check;
   const auto d = dq->dimensions();
@@ -264,6 +268,7 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   const int64_t k1 = k.dimensions()[1], k2 = k.dimensions()[2];
   check.shape("out", out, in.dtype, {b, q1, q2, h});
   check.shape("lse", lse, ffi::F32, {b, n, t});
+  check.shape("lse_low", lse_low, ffi::F32, {b, n, t});
   check.shape("dout", dout, in.dtype, {b, q1, q2, h});
   if (!is_absent(dlse)) check.shape("dlse", dlse, ffi::F32, {b, n, t});
   check.shape("dq", *dq, in.dtype, {b, q1, q2, h});
@@ -276,9 +281,11 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   check.shape("dout_padded", *dout_padded, in.dtype, {b, n, h % 8 != 0 ? t : 0, hp});
   check.shape("q_inverse_norm", *q_inverse_norm, ffi::F32, {b, n, t, groups});
   check.shape("k_inverse_norm", *k_inverse_norm, ffi::F32, {k.dimensions()[0], kv, s, groups});
-  check.shape("lse_log2", *lse_log2, ffi::F32, {b, n, padded_t});
-  check.shape("delta", *delta, ffi::F32, {b, n, padded_t});
-  check.shape("dq_accum", *dq_accum, ffi::F32, {b, n, t, hp});
+  check.shape("row_stats", *row_stats, ffi::F32, {b, n, kRowStats, padded_t});
+  if (!is_absent(*dscale)) check.shape("row_sums", *row_sums, ffi::F32, {b, n, t, 2});
+  // Two float32 hold a float64, which JAX does not pass while jax_enable_x64 is off.
+  const int64_t accum_width = in.arithmetic == Arithmetic::kThreeTf32 ? 2 * hp : hp;
+  check.shape("dq_accum", *dq_accum, ffi::F32, {b, n, t, accum_width});
   if (!check.ok()) return check.error();
 
   return to_error(launch_backward(
@@ -291,6 +298,7 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .out = rows_of(out, heads_first, 1),
        .dout = rows_of(dout, heads_first, 1),
        .lse = lse.typed_data<float>(),
+       .lse_low = lse_low.typed_data<float>(),
        .dlse = is_absent(dlse) ? nullptr : dlse.typed_data<float>(),
        .q_hat = packed_rows(*q_hat, 1),
        .k_hat = packed_rows(*k_hat, div[1]),
@@ -298,10 +306,9 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .dout_padded = packed_rows(*dout_padded, 1),
        .q_inverse_norm = q_inverse_norm->typed_data<float>(),
        .k_inverse_norm = k_inverse_norm->typed_data<float>(),
-       .lse_log2 = lse_log2->typed_data<float>(),
-       .delta = delta->typed_data<float>(),
-       .seqlen_padded = static_cast<int>(padded_t),
-       .dq_accum = dq_accum->typed_data<float>(),
+       .stats = {row_stats->typed_data<float>(), static_cast<int>(padded_t)},
+       .dq_accum = dq_accum->untyped_data(),
+       .row_sums = reinterpret_cast<float2*>(row_sums->typed_data<float>()),
        .dq = rows_of(*dq, heads_first, 1),
        .dk = rows_of(*dk, heads_first, 1),
        .dv = rows_of(*dv, heads_first, 1),
@@ -325,6 +332,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Arg<AnyBuffer>()  // kv_lengths
                                   .Ret<AnyBuffer>()  // out
                                   .Ret<AnyBuffer>()  // lse
+                                  .Ret<AnyBuffer>()  // lse_low
                                   .Ret<AnyBuffer>()  // q_hat
                                   .Ret<AnyBuffer>()  // k_hat
                                   .Ret<AnyBuffer>()  // v_padded
@@ -334,6 +342,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Attr<bool>("is_causal")
                                   .Attr<bool>("three_passes")
                                   .Attr<float>("shift")
+                                  .Attr<bool>("running_max")
                                   .Attr<ffi::Span<const int64_t>>("div"),
                               {ffi::Traits::kCmdBufferCompatible});
 
@@ -349,6 +358,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Arg<AnyBuffer>()  // kv_lengths
                                   .Arg<AnyBuffer>()  // out
                                   .Arg<AnyBuffer>()  // lse
+                                  .Arg<AnyBuffer>()  // lse_low
                                   .Arg<AnyBuffer>()  // dout
                                   .Arg<AnyBuffer>()  // dlse
                                   .Ret<AnyBuffer>()  // dq
@@ -361,8 +371,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Ret<AnyBuffer>()  // dout_padded
                                   .Ret<AnyBuffer>()  // q_inverse_norm
                                   .Ret<AnyBuffer>()  // k_inverse_norm
-                                  .Ret<AnyBuffer>()  // lse_log2
-                                  .Ret<AnyBuffer>()  // delta
+                                  .Ret<AnyBuffer>()  // row_stats
+                                  .Ret<AnyBuffer>()  // row_sums
                                   .Ret<AnyBuffer>()  // dq_accum
                                   .Attr<bool>("heads_first")
                                   .Attr<bool>("l2norm_qk")

@@ -9,7 +9,9 @@
 namespace jca {
 
 constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2eLow = 1.4426950408889634 - kLog2e;  // what rounding to float32 took
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLn2Low = 0.6931471805599453 - kLn2;
 constexpr float kMinNorm = 1e-6f;  // a slice below it counts as a zero row
 
 // Batch entry b of the call reads entry (b / div) % size of an operand: how vmap shares an operand
@@ -96,17 +98,35 @@ struct FwdParams {
   Rows v;             // [., S, K, H]
   Rows out;           // [B, T, N, H]
   float* lse;         // [B, N, T] natural log
-  float shift;        // c of P = exp2(S - c), log2 units
+  float* lse_low;     // [B, N, T] what rounding took from lse
+  float shift;        // c of P = exp2(S - c), log2 units; unused with a running maximum
+};
+
+// Rows of one (batch, head) in the per-row numbers of the backward, float32 [B, N, kRowStats, Tp].
+// Tp is T rounded up to a multiple of every kBlockM.
+enum RowStat {
+  kLse,     // log2 units, +inf in dead rows
+  kLseLow,  // what rounding took from it
+  kDelta,   // rowsum(dO * O) - dlse, 0 in dead rows
+  kRowStats
+};
+
+struct RowStats {
+  float* data = nullptr;
+  int seqlen_padded = 0;
+
+  __device__ float* row(int64_t bh, RowStat stat) const {
+    return data + (bh * kRowStats + stat) * seqlen_padded;
+  }
 };
 
 struct DeltaParams {
   Problem problem;
   Rows out, dout;        // [B, T, N, H]
   const float* lse;      // [B, N, T]
+  const float* lse_low;  // [B, N, T]
   const float* dlse;     // [B, N, T] or null
-  float* lse_log2;       // [B, N, Tp], +inf in dead rows
-  float* delta;          // [B, N, Tp] rowsum(dO * O) - dlse, 0 in dead rows
-  int seqlen_padded;     // Tp, a multiple of every kBlockM
+  RowStats stats;
 };
 
 struct BwdParams {
@@ -114,10 +134,10 @@ struct BwdParams {
   Rows q_hat, k_hat, v, dout;
   Rows k_raw;                   // for the norm's backward in the dk epilogue
   const float* k_inverse_norm;  // [Bk, K, S, groups]
-  const float* lse_log2;
-  const float* delta;
-  int seqlen_padded;
-  float* dq_accum;  // [B, N, T, Hp] float32, zeroed: dS k^, without scale
+  RowStats stats;
+  void* dq_accum;  // [B, N, T, Hp] of Op::Accum, zeroed: dS k^, without scale
+  // [B, N, T] pairs, zeroed, or null: sums over keys of dS and of P S (log2 units), for dscale.
+  float2* row_sums;
   Rows dk, dv;      // [B, S, K, H]
 };
 
@@ -125,10 +145,11 @@ struct DqParams {
   Problem problem;
   Rows q_raw;
   const float* q_inverse_norm;  // [B, N, T, groups]
-  const float* lse_log2;
-  int seqlen_padded;
-  const float* dq_accum;
-  Rows dq;           // [B, T, N, H]
+  RowStats stats;
+  const void* dq_accum;
+  const float2* row_sums;  // as above; with dscale
+  const float* dlse;       // [B, N, T] or null
+  Rows dq;                 // [B, T, N, H]
   float* dscale;     // [Bd, N] zeroed, or null; entry b % dscale_batch
   int dscale_batch;
 };

@@ -5,6 +5,8 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <type_traits>
+
 #include "kernels/params.h"
 
 namespace jca {
@@ -19,7 +21,8 @@ struct RowLanes {
   __device__ static int lane() { return threadIdx.x % kLanes; }
   __device__ static int first() { return lane() * kElems; }
 
-  __device__ static float sum(float x) {
+  template <typename Real>
+  __device__ static Real sum(Real x) {
 #pragma unroll
     for (int d = kLanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffff, x, d);
     return x;
@@ -83,7 +86,8 @@ struct RowLanes {
   };
 
   // d(x) from d(x^), given x, for x^ = x * inverse_norm per group: r (a - x^ <x^, a>). A zero row has
-  // inverse norm 0, hence gradient 0. In place; returns <x^, a> over the whole row.
+  // inverse norm 0: x^ = x / kMinNorm, and gradient 0; so has a group of one component, whose x^ is
+  // always a sign. In place; returns <x^, a> over the whole row.
   __device__ static float norm_backward(float (&a)[kElems], float (&x)[kElems],
                                         const float* inverse_norm, int groups, int head_dim,
                                         bool l2norm) {
@@ -98,11 +102,12 @@ struct RowLanes {
     for (int g = 0; g < groups; ++g) {
       const Slice slice(g, group_size);
       const float r = inverse_norm[g];
+      const bool has_norm = r != 0.f;
       float dot = 0.f;
 #pragma unroll
       for (int e = 0; e < kElems; ++e) {
         if (slice.has(e)) {
-          x[e] = r == 0.f ? 0.f : x[e] * r;
+          x[e] *= has_norm ? r : 1.f / kMinNorm;
           dot += x[e] * a[e];
         }
       }
@@ -110,7 +115,9 @@ struct RowLanes {
       total += dot;
 #pragma unroll
       for (int e = 0; e < kElems; ++e) {
-        if (slice.has(e)) a[e] = r == 0.f ? 0.f : r * (a[e] - x[e] * dot);
+        if (slice.has(e)) {
+          a[e] = has_norm && group_size > 1 ? r * (a[e] - x[e] * dot) : 0.f;
+        }
       }
     }
     return total;
@@ -133,9 +140,12 @@ struct RowBlock {
 };
 
 // x -> x^ (unit slices, times scale * log2 e where a fold is given) in rows of Hp, zeros past H.
+// float32 rows go through double and are rounded once: an error of the norm or of the fold would be
+// common to all logits of a row, and grows with the scale.
 template <typename T, typename THat, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams params) {
   using L = RowLanes<kLanes>;
+  using Real = std::conditional_t<std::is_same_v<T, float>, double, float>;
   const Problem& p = params.problem;
   const RowBlock at = RowBlock::of_thread<kLanes>(params.seqlen, params.num_heads);
   const bool valid = at.row < params.seqlen;
@@ -143,7 +153,15 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   float x[L::kElems];
   L::load(x, params.x.head<T>(at.b, at.head).row(valid ? at.row : 0), p.head_dim, valid);
 
-  if (params.l2norm) {
+  Real fold = 1;
+  if (params.fold.data != nullptr) {
+    fold = Real(params.fold.data[params.fold.batch(at.b) * params.num_heads + at.head]) *
+           Real(1.4426950408889634);
+  }
+  if (!params.l2norm) {
+#pragma unroll
+    for (int e = 0; e < L::kElems; ++e) x[e] = float(x[e] * fold);
+  } else {
     const int group_size = p.head_dim / p.groups;
     for (int g = 0; g < p.groups; ++g) {
       const typename L::Slice slice(g, group_size);
@@ -155,29 +173,25 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
       // Squares are taken after an exact scaling by a power of two, so 1e30 does not overflow.
       const int exponent = min(__float_as_int(L::max(largest)) >> 23, 253);
       const float scale = __int_as_float((254 - exponent) << 23);
-      float squares = 0.f;
+      Real squares = 0;
 #pragma unroll
       for (int e = 0; e < L::kElems; ++e) {
-        if (slice.has(e)) squares += (x[e] * scale) * (x[e] * scale);
+        if (slice.has(e)) squares += Real(x[e] * scale) * Real(x[e] * scale);
       }
-      const float norm = sqrtf(L::sum(squares));
+      const Real norm = sqrt(L::sum(squares));
       const bool live = norm >= kMinNorm * scale;
-      const float r = 1.f / norm;
+      const Real r = 1 / norm;
 #pragma unroll
       for (int e = 0; e < L::kElems; ++e) {
-        if (slice.has(e)) x[e] = live ? x[e] * scale * r : x[e] * (1.f / kMinNorm);
+        if (slice.has(e)) {
+          x[e] = float(live ? Real(x[e] * scale) * (r * fold) : x[e] * (fold / Real(kMinNorm)));
+        }
       }
       if (params.inverse_norm != nullptr && valid && L::lane() == 0) {
         const int64_t row = (at.b * params.num_heads + at.head) * params.seqlen + at.row;
-        params.inverse_norm[row * p.groups + g] = live ? r * scale : 0.f;
+        params.inverse_norm[row * p.groups + g] = live ? float(r * scale) : 0.f;
       }
     }
-  }
-  if (params.fold.data != nullptr) {
-    const float fold =
-        params.fold.data[params.fold.batch(at.b) * params.num_heads + at.head] * kLog2e;
-#pragma unroll
-    for (int e = 0; e < L::kElems; ++e) x[e] *= fold;
   }
   if (valid) L::store(params.hat.head<THat>(at.b, at.head).row(at.row), x, p.head_dim_padded);
 }
@@ -188,8 +202,8 @@ template <typename T, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams params) {
   using L = RowLanes<kLanes>;
   const Problem& p = params.problem;
-  const RowBlock at = RowBlock::of_thread<kLanes>(params.seqlen_padded, p.num_heads);
-  if (at.row >= params.seqlen_padded) return;  // whole warps: rows per block divide Tp
+  const RowBlock at = RowBlock::of_thread<kLanes>(params.stats.seqlen_padded, p.num_heads);
+  if (at.row >= params.stats.seqlen_padded) return;  // whole warps: rows per block divide Tp
 
   const int64_t bh = at.b * p.num_heads + at.head;
   const float lse =
@@ -204,13 +218,19 @@ __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams para
   delta = L::sum(delta);
   if (live && params.dlse != nullptr) delta -= params.dlse[bh * p.seqlen_q + at.row];
   if (L::lane() == 0) {
-    params.lse_log2[bh * params.seqlen_padded + at.row] = live ? lse * kLog2e : INFINITY;
-    params.delta[bh * params.seqlen_padded + at.row] = delta;
+    const float high = lse * kLog2e;
+    const float low = fmaf(lse, kLog2e, -high) + lse * kLog2eLow +
+                      (live ? params.lse_low[bh * p.seqlen_q + at.row] * kLog2e : 0.f);
+    params.stats.row(bh, kLse)[at.row] = live ? high : INFINITY;
+    params.stats.row(bh, kLseLow)[at.row] = live ? low : 0.f;
+    params.stats.row(bh, kDelta)[at.row] = delta;
   }
 }
 
-// dq = scale r (a - q^ <q^, a>) with a = dS k^, and dscale += <q^, a>: never divided by scale.
-template <typename T, int kLanes>
+// dq = scale r (a - q^ <q^, a>) with a = dS k^, and dscale += <q^, a>, less what rounding put there:
+// dS of a row sums to dlse, and any excess, from delta or lse, has been multiplied by the row's mean
+// cosine.
+template <typename T, typename TAccum, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) {
   using L = RowLanes<kLanes>;
   const Problem& p = params.problem;
@@ -219,11 +239,11 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
   const int row = valid ? at.row : 0;
   const int64_t bh = at.b * p.num_heads + at.head;
   // A dead row may hold NaN in q.
-  const bool live = valid && params.lse_log2[bh * params.seqlen_padded + row] != INFINITY;
+  const bool live = valid && params.stats.row(bh, kLse)[row] != INFINITY;
 
   float a[L::kElems], q[L::kElems];
-  L::load(a, params.dq_accum + (bh * p.seqlen_q + row) * p.head_dim_padded, p.head_dim_padded,
-          live);
+  L::load(a, static_cast<const TAccum*>(params.dq_accum) + (bh * p.seqlen_q + row) * p.head_dim_padded,
+          p.head_dim_padded, live);
   L::load(q, params.q_raw.head<T>(at.b, at.head).row(row), p.head_dim, live);
   const float dot =
       L::norm_backward(a, q, params.q_inverse_norm + (bh * p.seqlen_q + row) * p.groups, p.groups,
@@ -235,7 +255,16 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
 
   if (params.dscale == nullptr) return;
   __shared__ float row_dots[L::kRowsPerBlock];
-  if (L::lane() == 0) row_dots[threadIdx.x / kLanes] = live ? dot : 0.f;
+  if (L::lane() == 0) {
+    float centred = 0.f;
+    if (live) {
+      const float2 sums = params.row_sums[bh * p.seqlen_q + row];
+      const float excess = sums.x - (params.dlse ? params.dlse[bh * p.seqlen_q + row] : 0.f);
+      // Without a scale no logit tells the mean cosine.
+      centred = scale == 0.f ? dot : dot - excess * (sums.y * kLn2 / scale);
+    }
+    row_dots[threadIdx.x / kLanes] = centred;
+  }
   __syncthreads();
   if (threadIdx.x < 32) {
     float total = 0.f;

@@ -93,10 +93,10 @@ Status normalize_qk(cudaStream_t stream, const Problem& problem, const Rows& q, 
 }
 
 template <class Params>
-Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arithmetic, Params params,
-                       int rows, int64_t heads_and_batch) {
+Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arithmetic,
+                       bool running_max, Params params, int rows, int64_t heads_and_batch) {
   const Problem& p = params.problem;
-  const Instance* instance = find_instance(direction, arithmetic, p.head_dim);
+  const Instance* instance = find_instance(direction, arithmetic, running_max, p.head_dim);
   const std::string what = std::string("cosine_attn_") + name(direction) + " " + name(arithmetic) +
                            " H=" + std::to_string(p.head_dim);
   if (instance == nullptr) return {what + ": no kernel"};
@@ -117,10 +117,11 @@ Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arit
 
 template <typename T>
 Status forward(cudaStream_t stream, const ForwardCall& call) {
-  using THat = std::conditional_t<std::is_same_v<T, float>, float, __half>;
+  // launch/sm80_fwd_bfloat16*.cu say why.
+  using BoundedHat = std::conditional_t<std::is_same_v<T, float>, float, __half>;
   const Problem& p = call.problem;
-  Status status = normalize_qk<T, THat>(stream, p, call.q, call.k, call.q_hat, call.k_hat, nullptr,
-                                        nullptr);
+  const auto normalize = call.running_max ? normalize_qk<T, T> : normalize_qk<T, BoundedHat>;
+  Status status = normalize(stream, p, call.q, call.k, call.q_hat, call.k_hat, nullptr, nullptr);
   if (!status.ok()) return status;
   Rows v = call.v;
   if (p.head_dim % 8 != 0) {
@@ -136,9 +137,10 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
                          .v = v,
                          .out = call.out,
                          .lse = call.lse,
+                         .lse_low = call.lse_low,
                          .shift = call.shift};
-  return launch_instance(stream, Direction::kForward, call.arithmetic, params, p.seqlen_q,
-                         int64_t(p.num_heads) * p.batch);
+  return launch_instance(stream, Direction::kForward, call.arithmetic, call.running_max, params,
+                         p.seqlen_q, int64_t(p.num_heads) * p.batch);
 }
 
 template <typename T>
@@ -164,21 +166,24 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                           .out = call.out,
                           .dout = call.dout,
                           .lse = call.lse,
+                          .lse_low = call.lse_low,
                           .dlse = call.dlse,
-                          .lse_log2 = call.lse_log2,
-                          .delta = call.delta,
-                          .seqlen_padded = call.seqlen_padded};
+                          .stats = call.stats};
   status = launch_rows<delta_rows<T, 4>, delta_rows<T, 8>, delta_rows<T, 16>, delta_rows<T, 32>>(
-      stream, "delta_rows", delta, p.batch, p.num_heads, call.seqlen_padded);
+      stream, "delta_rows", delta, p.batch, p.num_heads, call.stats.seqlen_padded);
   if (!status.ok()) return status;
 
+  const bool in_double = call.arithmetic == Arithmetic::kThreeTf32;
   const size_t accum_bytes =
-      sizeof(float) * p.batch * p.num_heads * size_t(p.seqlen_q) * p.head_dim_padded;
+      (in_double ? sizeof(double) : sizeof(float)) * p.batch * p.num_heads * size_t(p.seqlen_q) * p.head_dim_padded;
   status = status_of(cudaMemsetAsync(call.dq_accum, 0, accum_bytes, stream), "clearing dq_accum");
   if (!status.ok()) return status;
   if (call.dscale != nullptr) {
     const size_t bytes = sizeof(float) * call.dscale_batch * p.num_heads;
     status = status_of(cudaMemsetAsync(call.dscale, 0, bytes, stream), "clearing dscale");
+    if (!status.ok()) return status;
+    const size_t row_bytes = sizeof(float2) * p.batch * p.num_heads * size_t(p.seqlen_q);
+    status = status_of(cudaMemsetAsync(call.row_sums, 0, row_bytes, stream), "clearing row_sums");
     if (!status.ok()) return status;
   }
 
@@ -189,27 +194,34 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                          .dout = dout,
                          .k_raw = call.k,
                          .k_inverse_norm = call.k_inverse_norm,
-                         .lse_log2 = call.lse_log2,
-                         .delta = call.delta,
-                         .seqlen_padded = call.seqlen_padded,
+                         .stats = call.stats,
                          .dq_accum = call.dq_accum,
+                         .row_sums = call.dscale == nullptr ? nullptr : call.row_sums,
                          .dk = call.dk,
                          .dv = call.dv};
-  status = launch_instance(stream, Direction::kBackward, call.arithmetic, params, p.seqlen_k,
+  status = launch_instance(stream, Direction::kBackward, call.arithmetic, false, params, p.seqlen_k,
                            int64_t(p.num_heads_kv) * p.batch);
   if (!status.ok()) return status;
 
   const DqParams dq{.problem = p,
                     .q_raw = call.q,
                     .q_inverse_norm = call.q_inverse_norm,
-                    .lse_log2 = call.lse_log2,
-                    .seqlen_padded = call.seqlen_padded,
+                    .stats = call.stats,
                     .dq_accum = call.dq_accum,
+                    .row_sums = call.row_sums,
+                    .dlse = call.dlse,
                     .dq = call.dq,
                     .dscale = call.dscale,
                     .dscale_batch = call.dscale_batch};
-  return launch_rows<finish_dq<T, 4>, finish_dq<T, 8>, finish_dq<T, 16>, finish_dq<T, 32>>(
-      stream, "finish_dq", dq, p.batch, p.num_heads, p.seqlen_q);
+  const auto finish = [&]<typename Accum>(Accum) {
+    return launch_rows<finish_dq<T, Accum, 4>, finish_dq<T, Accum, 8>, finish_dq<T, Accum, 16>,
+                       finish_dq<T, Accum, 32>>(stream, "finish_dq", dq, p.batch, p.num_heads,
+                                                p.seqlen_q);
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (in_double) return finish(double{});
+  }
+  return finish(float{});
 }
 
 }  // namespace

@@ -25,6 +25,8 @@ struct ForwardCall {
   Rows v_padded;                  // scratch [Bv, K, S, Hp]; used when H is not a multiple of 8
   Rows out;
   float* lse;
+  float* lse_low;
+  bool running_max;
 };
 Status launch_forward(cudaStream_t stream, const ForwardCall& call);
 
@@ -33,15 +35,15 @@ struct BackwardCall {
   Arithmetic arithmetic;
   Rows q, k, v, out, dout;        // raw
   const float* lse;
+  const float* lse_low;
   const float* dlse;              // or null
   Rows q_hat, k_hat;              // scratch, in the inputs' dtype
   Rows v_padded, dout_padded;     // scratch, as above
   float* q_inverse_norm;          // scratch [B, N, T, groups]
   float* k_inverse_norm;          // scratch [Bk, K, S, groups]
-  float* lse_log2;                // scratch [B, N, Tp]
-  float* delta;                   // scratch [B, N, Tp]
-  int seqlen_padded;              // Tp
-  float* dq_accum;                // scratch [B, N, T, Hp]
+  RowStats stats;                 // scratch
+  void* dq_accum;                 // scratch [B, N, T, Hp], float32; float64 with three passes
+  float2* row_sums;               // scratch [B, N, T], with dscale
   Rows dq, dk, dv;
   float* dscale;                  // [dscale_batch, N] or null
   int dscale_batch;

@@ -1,4 +1,5 @@
-// The rows of the launch table, one per (direction, arithmetic), each from a source file of its own.
+// The rows of the launch table: one per direction, arithmetic and, forward, kind of maximum, each from
+// a source file of its own.
 #pragma once
 
 #include <array>
@@ -14,6 +15,10 @@ InstanceRow sm80_fwd_float16();
 InstanceRow sm80_fwd_bfloat16();
 InstanceRow sm80_fwd_tf32();
 InstanceRow sm80_fwd_3xtf32();
+InstanceRow sm80_fwd_float16_running_max();
+InstanceRow sm80_fwd_bfloat16_running_max();
+InstanceRow sm80_fwd_tf32_running_max();
+InstanceRow sm80_fwd_3xtf32_running_max();
 InstanceRow sm80_bwd_float16();
 InstanceRow sm80_bwd_bfloat16();
 InstanceRow sm80_bwd_tf32();

@@ -12,6 +12,7 @@ template <class Tile>
 Instance fwd_instance(Arithmetic arithmetic) {
   return {Direction::kForward,
           arithmetic,
+          Tile::kRunningMax,
           Tile::kHeadDim,
           reinterpret_cast<const void*>(&sm80::cosine_attn_fwd_sm80<Tile>),
           Tile::kThreads,
@@ -24,6 +25,7 @@ template <class Tile>
 Instance bwd_instance(Arithmetic arithmetic) {
   return {Direction::kBackward,
           arithmetic,
+          false,
           Tile::kHeadDim,
           reinterpret_cast<const void*>(&sm80::cosine_attn_bwd_sm80<Tile>),
           Tile::kThreads,
@@ -32,15 +34,15 @@ Instance bwd_instance(Arithmetic arithmetic) {
           Tile::kBlockN};
 }
 
-template <class OpS, class OpV>
+template <class OpS, class OpV, bool kRunningMax>
 InstanceRow fwd_row(Arithmetic arithmetic) {
   using sm80::FwdTile;
-  return {fwd_instance<FwdTile<OpS, OpV, 32>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 64>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 96>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 128>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 192>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 256>>(arithmetic)};
+  return {fwd_instance<FwdTile<OpS, OpV, 32, kRunningMax>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 64, kRunningMax>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 96, kRunningMax>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 128, kRunningMax>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 192, kRunningMax>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 256, kRunningMax>>(arithmetic)};
 }
 
 template <class Op>

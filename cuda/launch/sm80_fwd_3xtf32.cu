@@ -2,6 +2,9 @@
 
 namespace jca {
 
-InstanceRow sm80_fwd_3xtf32() { return fwd_row<sm80::Tf32<true>, sm80::Tf32<true>>(Arithmetic::kThreeTf32); }
+InstanceRow sm80_fwd_3xtf32() {
+  using namespace sm80;
+  return fwd_row<Tf32<true>, Tf32<true>, false>(Arithmetic::kThreeTf32);
+}
 
 }  // namespace jca

@@ -2,6 +2,9 @@
 
 namespace jca {
 
-InstanceRow sm80_fwd_float16() { return fwd_row<sm80::Half16<__half>, sm80::Half16<__half>>(Arithmetic::kFloat16); }
+InstanceRow sm80_fwd_float16() {
+  using namespace sm80;
+  return fwd_row<Half16<__half>, Half16<__half>, false>(Arithmetic::kFloat16);
+}
 
 }  // namespace jca

@@ -2,6 +2,9 @@
 
 namespace jca {
 
-InstanceRow sm80_fwd_tf32() { return fwd_row<sm80::Tf32<false>, sm80::Tf32<false>>(Arithmetic::kTf32); }
+InstanceRow sm80_fwd_tf32() {
+  using namespace sm80;
+  return fwd_row<Tf32<false>, Tf32<false>, false>(Arithmetic::kTf32);
+}
 
 }  // namespace jca

@@ -26,14 +26,18 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Two adjacent float32 reductions in L2; one instruction from sm_90 on ("red", .v2).
-__device__ inline void red_add_f32x2(float* gmem, float x, float y) {
+// Two adjacent reductions in L2; of float32 one instruction from sm_90 on ("red", .v2).
+__device__ inline void red_add_x2(float* gmem, float x, float y) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(gmem), "f"(x), "f"(y) : "memory");
 #else
   atomicAdd(gmem, x);
   atomicAdd(gmem + 1, y);
 #endif
+}
+__device__ inline void red_add_x2(double* gmem, double x, double y) {
+  atomicAdd(gmem, x);
+  atomicAdd(gmem + 1, y);
 }
 
 // 2^x, relative error 2^-22, 2^-inf = 0 ("ex2.approx.ftz").

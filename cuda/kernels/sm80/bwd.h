@@ -8,6 +8,8 @@
 // The norm's backward turns dk^ into dk in the epilogue; finish_dq does the same for q.
 #pragma once
 
+#include <cfloat>
+
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
 #include "kernels/visible.h"
@@ -22,6 +24,8 @@ struct BwdTile {
   static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsFloat = sizeof(typename Op::T) == 4;
+  // Half an ulp of lse is far below the rounding of 16-bit weights.
+  static constexpr bool kExactLse = kIsFloat;
   static constexpr int kBlockM = !kIsFloat || kHeadDim <= 96 ? 64 : 32;
   static constexpr int kBlockN = kIsFloat ? (kHeadDim <= 128 ? 64 : 32) : (kHeadDim <= 128 ? 128 : 64);
   static constexpr int kStages = (kHeadDim == 256 || (kIsFloat && kHeadDim == 96)) ? 1 : 2;
@@ -34,8 +38,8 @@ struct BwdTile {
   using TileQ = SmemTile<typename Op::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename Op::T, kBlockN, kHeadDim>;
   using TileP = SmemTile<typename Op::T, kBlockM, kBlockN>;
-  // sK sV | sQ sdO a stage | sP sdS | lse, delta a stage | live keys; the dk epilogue reuses the front.
-  static constexpr int kStatsBytes = 2 * kBlockM * sizeof(float);
+  // sK sV | sQ sdO a stage | sP sdS | row stats a stage | live keys; the dk epilogue reuses the front.
+  static constexpr int kStatsBytes = kRowStats * kBlockM * sizeof(float);
   static constexpr int kSmemBytes = 2 * TileK::kBytes + kStages * (2 * TileQ::kBytes + kStatsBytes) +
                                     2 * TileP::kBytes + kBlockN;
   static constexpr int kDkPitch = kHeadDim + 4;  // floats
@@ -121,14 +125,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
     };
     load(stage_q(stage), gQ, params.q_hat.stride_head);
     load(stage_do(stage), gdO, params.dout.stride_head);
-    // Thread t < kBlockM / 4 copies 4 values of lse, the next kBlockM / 4 threads 4 of delta.
-    if (threadIdx.x < kBlockM / 2) {
-      const bool is_lse = threadIdx.x < kBlockM / 4;
-      const int r = threadIdx.x % (kBlockM / 4) * 4;
-      const float* source = is_lse ? params.lse_log2 : params.delta;
+    // A thread copies 4 values: the first kBlockM / 4 threads of lse, the next of the next stat.
+    if (threadIdx.x < kRowStats * kBlockM / 4) {
+      const int stat = threadIdx.x / (kBlockM / 4), r = threadIdx.x % (kBlockM / 4) * 4;
       ptx::cp_async_16(
-          ptx::smem_address(sStats + (stage * 2 + (is_lse ? 0 : 1)) * kBlockM + r),
-          source + (b * p.num_heads + head) * params.seqlen_padded + m0 + r, true);
+          ptx::smem_address(sStats + (stage * kRowStats + stat) * kBlockM + r),
+          params.stats.row(b * p.num_heads + head, RowStat(stat)) + m0 + r, true);
     }
     ptx::cp_async_commit();
   };
@@ -150,8 +152,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
 
   for (int step = 0; step < steps; ++step) {
     const int stage = step % kStages, head = head_of(step), m0 = m0_of(step);
-    const float* sLse = sStats + stage * 2 * kBlockM;
-    const float* sDelta = sLse + kBlockM;
+    const float* sLse = sStats + stage * kRowStats * kBlockM;
+    const float* sLseLow = sLse + kLseLow * kBlockM;
+    const float* sDelta = sLse + kDelta * kBlockM;
     const typename Tile::TileQ sQ = stage_q(stage), sdO = stage_do(stage);
     ptx::cp_async_wait<0>();
     // Dead rows of q and dO may hold NaN: P = 0 does not silence them in the products, zero rows do.
@@ -201,12 +204,48 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
           }
         });
       }
+      const auto weight = [&](float s, int r) {
+        return ptx::ex2(Tile::kExactLse ? s - sLse[r] - sLseLow[r] : s - sLse[r]);
+      };
+      // This thread's share of the sums of P S and dS over rows lane / 4 and lane / 4 + 8.
+      float rPS[kM][2] = {}, rSumdS[kM][2] = {};
+      if (params.row_sums != nullptr) {
+        for_each_pair([&](int m, int n, int e, int r, int c) {
+#pragma unroll
+          for (int x = 0; x < 2; ++x) {
+            const float s = rP[m][n][e + x];
+            rPS[m][e / 2] += weight(s, r) * fmaxf(s, -FLT_MAX);  // 0 * -inf is NaN
+          }
+        });
+      }
       for_each_pair([&](int m, int n, int e, int r, int c) {
-        rP[m][n][e] = ptx::ex2(rP[m][n][e] - sLse[r]);
-        rP[m][n][e + 1] = ptx::ex2(rP[m][n][e + 1] - sLse[r]);
+        rP[m][n][e] = weight(rP[m][n][e], r);
+        rP[m][n][e + 1] = weight(rP[m][n][e + 1], r);
         Op::store2(sP.at(r, c), rP[m][n][e], rP[m][n][e + 1]);
       });
       warp_gemm<Op, false, false>(rdP, sdO, at.m0, sV, at.n0);
+      if (params.row_sums != nullptr) {
+        for_each_pair([&](int m, int n, int e, int r, int c) {
+          rSumdS[m][e / 2] += rP[m][n][e] * (rdP[m][n][e] - sDelta[r]) +
+                              rP[m][n][e + 1] * (rdP[m][n][e + 1] - sDelta[r]);
+        });
+#pragma unroll
+        for (int m = 0; m < kM; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int i = m0 + at.m0 + m * 16 + lane / 4 + half * 8;
+#pragma unroll
+            for (int d = 1; d < 4; d *= 2) {
+              rSumdS[m][half] += __shfl_xor_sync(0xffffffff, rSumdS[m][half], d);
+              rPS[m][half] += __shfl_xor_sync(0xffffffff, rPS[m][half], d);
+            }
+            if (lane % 4 == 0 && i < visible.seqlen_q) {
+              float2* sums = params.row_sums + (b * p.num_heads + head) * p.seqlen_q + i;
+              ptx::red_add_x2(&sums->x, rSumdS[m][half], rPS[m][half]);
+            }
+          }
+        }
+      }
       for_each_pair([&](int m, int n, int e, int r, int c) {
         Op::store2(sdS.at(r, c), rP[m][n][e] * (rdP[m][n][e] - sDelta[r]),
                    rP[m][n][e + 1] * (rdP[m][n][e + 1] - sDelta[r]));
@@ -221,7 +260,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
       constexpr int kM = decltype(at)::kM, kN = decltype(at)::kN;
       // 32 columns at a time: dk and dv already hold half of the registers at H = 128 and 256.
       constexpr int kPart = kN % 4 == 0 ? 4 : kN;
-      float* dq = params.dq_accum + (b * p.num_heads + head) * p.seqlen_q * int64_t(p.head_dim_padded);
+      using Accum = typename Op::Accum;
+      Accum* dq = static_cast<Accum*>(params.dq_accum) + (b * p.num_heads + head) * p.seqlen_q * int64_t(p.head_dim_padded);
 #pragma unroll 1
       for (int n1 = at.n0; n1 < at.n0 + kN * 8; n1 += kPart * 8) {
         float rdQ[kM][kPart][4] = {};
@@ -236,8 +276,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
             for (int n = 0; n < kPart; ++n) {
               const int h = n1 + n * 8 + 2 * (lane % 4);
               if (h < p.head_dim_padded) {
-                ptx::red_add_f32x2(dq + int64_t(i) * p.head_dim_padded + h, rdQ[m][n][half * 2],
-                                   rdQ[m][n][half * 2 + 1]);
+                ptx::red_add_x2(dq + int64_t(i) * p.head_dim_padded + h, rdQ[m][n][half * 2],
+                                rdQ[m][n][half * 2 + 1]);
               }
             }
           }

@@ -1,8 +1,8 @@
 // Forward of the portable family (sm_80 on: mma.sync, ldmatrix, cp.async).
 //
 // Rows of q^ and k^ have unit norm (per group), so |S| <= bound in log2 units up to rounding, and
-// exp2(S - c) with a constant c neither overflows nor loses a row (launch/shift.h): no running row
-// maximum, rO and rL are plain sums over key blocks.
+// exp2(S - c) with a constant c neither overflows nor loses a row: rO and rL are plain sums over key
+// blocks. Where the bound is too large for that, or there is none, c is the row's running maximum.
 #pragma once
 
 #include "kernels/sm80/tile.h"
@@ -13,8 +13,9 @@ namespace jca::sm80 {
 // 128 query rows. 4 warps of 32 rows read each key fragment for two products, and two or three such CTAs
 // share an SM (kernels/NOTES.md); where 32 rows of accumulators leave no registers it is 8 warps of 16.
 // kBlockN: what 163 KB of shared memory (sm_80) and the registers allow.
-template <class OpS_, class OpV_, int kHeadDim_>
+template <class OpS_, class OpV_, int kHeadDim_, bool kRunningMax_>
 struct FwdTile {
+  static constexpr bool kRunningMax = kRunningMax_;
   using OpS = OpS_;  // arithmetic of q^ k^T
   using OpV = OpV_;  // arithmetic of P v
   static constexpr int kHeadDim = kHeadDim_;
@@ -27,12 +28,24 @@ struct FwdTile {
                   : kHeadDim <= 192 ? 32
                                     : 16)
                : (kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256 ? 32 : 64);
-  static constexpr int kMinBlocks = kM == 2 ? (kHeadDim <= 64 ? 3 : 2) : 1;
+  static constexpr int kMinBlocks = kM == 2 ? (kHeadDim <= 64 && !kRunningMax ? 3 : 2) : 1;
   using TileQ = SmemTile<typename OpS::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename OpS::T, kBlockN, kHeadDim>;
   using TileV = SmemTile<typename OpV::T, kBlockN, kHeadDim>;
   static constexpr int kSmemBytes = TileQ::kBytes + TileK::kBytes + TileV::kBytes;
 };
+
+// log(l * 2^c) as a float32, and what rounding took from it: the backward's weights are exp(S - lse), and
+// half an ulp of lse shows in a whole row of them. Two-sum: Knuth, TAOCP 2, 4.2.2.
+struct SplitLog {
+  float high, low;
+};
+__device__ inline SplitLog log_of_sum(float l, float c) {
+  const float log_l = logf(l), shift = c * kLn2;
+  const float high = shift + log_l, from_log = high - shift;
+  const float low = (shift - (high - from_log)) + (log_l - from_log);
+  return {high, low + fmaf(c, kLn2, -shift) + c * kLn2Low + (l * expf(-log_l) - 1.f)};
+}
 
 // Grid: x = query blocks * N * B, the query block running fastest and from the last one down, so that
 // causal blocks with the most keys start first.
@@ -81,6 +94,9 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 
   float rO[kM][kNV][4] = {};
   float rL[kM][2] = {};  // this thread's share of the sums of rows lane / 4 and lane / 4 + 8
+  float rC[kM][2];       // c of these rows
+#pragma unroll
+  for (int m = 0; m < kM; ++m) rC[m][0] = rC[m][1] = Tile::kRunningMax ? -INFINITY : params.shift;
 
   if (blocks_n > 0) {
     load_tile_async<kThreads>(sQ, p.head_dim_padded, [&](int r) {
@@ -114,13 +130,39 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         }
       }
     }
+    if constexpr (Tile::kRunningMax) {
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float top = rC[m][half];
+#pragma unroll
+          for (int n = 0; n < kN; ++n) {
+            top = fmaxf(top, fmaxf(rS[m][n][half * 2], rS[m][n][half * 2 + 1]));
+          }
+          top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
+          top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
+          // A row that has seen no key yet: -inf - -inf would be NaN.
+          const float scale = top == -INFINITY ? 0.f : ptx::ex2(rC[m][half] - top);
+          rC[m][half] = top;
+          rL[m][half] *= scale;
+#pragma unroll
+          for (int n = 0; n < kNV; ++n) {
+            rO[m][n][half * 2] *= scale;
+            rO[m][n][half * 2 + 1] *= scale;
+          }
+        }
+      }
+    }
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
+      const float c[2] = {rC[m][0] == -INFINITY ? 0.f : rC[m][0],
+                          rC[m][1] == -INFINITY ? 0.f : rC[m][1]};
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          rS[m][n][e] = ptx::ex2(rS[m][n][e] - params.shift);
+          rS[m][n][e] = ptx::ex2(rS[m][n][e] - c[e / 2]);
           rL[m][e / 2] += rS[m][n][e];
         }
       }
@@ -143,8 +185,10 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       if (i >= p.seqlen_q) continue;
       const bool live = l > 0.f;
       if (lane % 4 == 0) {
-        params.lse[(b * p.num_heads + head) * p.seqlen_q + i] =
-            live ? (log2f(l) + params.shift) * kLn2 : -INFINITY;
+        const SplitLog lse = live ? log_of_sum(l, rC[m][half]) : SplitLog{-INFINITY, 0.f};
+        const int64_t at = (b * p.num_heads + head) * p.seqlen_q + i;
+        params.lse[at] = lse.high;
+        params.lse_low[at] = lse.low;
       }
       const float inverse = 1.f / l;
 #pragma unroll

@@ -42,6 +42,7 @@ struct SmemTile {
 template <typename T_>
 struct Half16 {  // float16 or bfloat16, m16n8k16
   using T = T_;
+  using Accum = float;  // of sums across CTAs
   static constexpr int kK = 16;
   struct A {
     uint32_t r[4];
@@ -119,6 +120,9 @@ struct Half16 {  // float16 or bfloat16, m16n8k16
 template <bool kThreePasses>
 struct Tf32 {
   using T = float;
+  // Reductions in any order, of partial sums that may be much larger than their total, cost float32
+  // results a digit (T = 1, S = 1000: 1.7e-7 in place of 1.0e-7).
+  using Accum = std::conditional_t<kThreePasses, double, float>;
   static constexpr int kK = 8;
   struct A {
     uint32_t hi[4];

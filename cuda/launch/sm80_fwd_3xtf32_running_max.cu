@@ -1,0 +1,10 @@
+#include "launch/instantiate_sm80.h"
+
+namespace jca {
+
+InstanceRow sm80_fwd_3xtf32_running_max() {
+  using namespace sm80;
+  return fwd_row<Tf32<true>, Tf32<true>, true>(Arithmetic::kThreeTf32);
+}
+
+}  // namespace jca

@@ -1,0 +1,10 @@
+#include "launch/instantiate_sm80.h"
+
+namespace jca {
+
+InstanceRow sm80_fwd_float16_running_max() {
+  using namespace sm80;
+  return fwd_row<Half16<__half>, Half16<__half>, true>(Arithmetic::kFloat16);
+}
+
+}  // namespace jca

@@ -1,0 +1,10 @@
+#include "launch/instantiate_sm80.h"
+
+namespace jca {
+
+InstanceRow sm80_fwd_tf32_running_max() {
+  using namespace sm80;
+  return fwd_row<Tf32<false>, Tf32<false>, true>(Arithmetic::kTf32);
+}
+
+}  // namespace jca
