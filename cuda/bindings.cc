@@ -40,7 +40,7 @@ py::list instances() {
     py::dict row;
     row["direction"] = jca::name(instance.direction);
     row["arithmetic"] = jca::name(instance.arithmetic);
-    row["running_max"] = instance.running_max;
+    row["unbounded"] = instance.unbounded;
     row["head_dim"] = instance.head_dim;
     row["block_m"] = instance.block_m;
     row["block_n"] = instance.block_n;

@@ -9,4 +9,4 @@ def build_info() -> dict[str, str]:
     """Architectures, CUDA version, and the jaxlib and FFI API of the headers."""
 
 def instances() -> list[dict[str, Any]]:
-    """The launch table: direction, arithmetic, maximum, head_dim, block sizes, shared memory."""
+    """The launch table: direction, arithmetic, unbounded, head_dim, block sizes, shared memory."""

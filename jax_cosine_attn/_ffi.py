@@ -17,14 +17,17 @@ import jax.numpy as jnp
 import jaxlib.version
 import numpy as np
 
-from jax_cosine_attn._config import FIELDS, Config, Operands, shapes
+from jax_cosine_attn._config import Config, Operands, shapes
 
 _MAX_HEAD_DIM = 256
 _LONGEST_QUERY_BLOCK = 128  # per-row numbers are padded to a multiple of every block
 _ROW_STATS = 3  # RowStat in cuda/kernels/params.h
-# Operands the kernels read; the order is that of the FFI handlers, absent ones are passed empty.
-_OPERANDS = ("q", "k", "v", "scale", "mask", "q_lengths", "kv_lengths")
-_EMPTY = {"mask": jnp.bool_, "q_lengths": jnp.int32, "kv_lengths": jnp.int32}
+# A side of a window that rules nothing out, and the cells that masks and segments are condensed
+# into: kUnlimited, kCellRows and kCellCols there.
+_UNLIMITED = 1 << 30
+_CELL_ROWS, _CELL_COLS = 64, 32
+# Operands with a gradient beside q, k and v, in the handler's order.
+_OPTIONS = ("scale", "bias", "relative_bias")
 
 
 def _release(version: str) -> tuple[int, ...]:
@@ -91,31 +94,31 @@ def why_not_cuda(ops: Operands, config: Config) -> str | None:
         return "the CUDA kernels do not support float64"
     if head_dim > _MAX_HEAD_DIM:
         return f"the CUDA kernels support head dims up to {_MAX_HEAD_DIM}, got H={head_dim}"
-    if ops.bias is not None:
-        return f"the CUDA kernels do not support bias, got {ops.bias.shape}"
-    if ops.relative_bias is not None:
-        return f"the CUDA kernels do not support relative_bias, got {ops.relative_bias.shape}"
-    if ops.mask is not None and ops.mask.shape[2] != 1:
-        return f"the CUDA kernels support key-padding masks only, got mask {ops.mask.shape}"
-    if ops.q_segments is not None:
-        return "the CUDA kernels do not support segment_ids"
-    if config.window is not None:
-        return f"the CUDA kernels do not support local_window_size, got {config.window}"
+    for name in ("bias", "relative_bias"):
+        x = getattr(ops, name)
+        if x is not None and x.dtype == jnp.float64:
+            return f"the CUDA kernels do not support a float64 {name}"
     if config.deterministic:
         return "the CUDA kernels do not support deterministic=True"
     return None
 
 
-def _constant_shift(dtype: Any, bound: float | None) -> float | None:
-    """c of exp(logit - c) that loses no row and overflows nowhere for |logit| <= bound; None: the
-    kernels need a running maximum.
+def _has_bias(ops: Operands) -> bool:
+    return ops.bias is not None or ops.relative_bias is not None
+
+
+def _constant_shift(ops: Operands, bound: float | None) -> float | None:
+    """c of exp(logit - c) that loses no row and overflows nowhere; None: the kernels need a running
+    maximum, because logits have a bias or |scale| * groups <= bound is too weak.
 
     float16 weights: exp(-11) is the last to keep some digits, exp(11.09) the largest. float32:
     exp(-2 * 63 + 40) is still a normal number. bfloat16 has float32's range, but there the unit
     rows of the forward, in float16, and of the backward, in bfloat16, must differ by little.
     """
-    largest = {jnp.dtype(jnp.float16): 11.0, jnp.dtype(jnp.bfloat16): 16.0}.get(dtype, 63.0)
-    return None if bound is None or bound > largest else max(0.0, bound - 40.0)
+    largest = {jnp.float16.dtype: 11.0, jnp.bfloat16.dtype: 16.0}.get(ops.q.dtype, 63.0)
+    if bound is None or bound > largest or _has_bias(ops):
+        return None
+    return max(0.0, bound - 40.0)
 
 
 def _call(
@@ -126,22 +129,24 @@ def _call(
     config: Config,
     **attributes: Any,
 ) -> Sequence[jax.Array]:
-    if ops.mask is not None:  # [., 1|N, 1, S]
-        s = shapes(ops, config)[2]
-        ops = ops._replace(mask=jnp.broadcast_to(ops.mask, (*ops.mask.shape[:3], s)))
-    operands = [
-        jnp.zeros((0,), _EMPTY[field]) if (x := getattr(ops, field)) is None else x
-        for field in _OPERANDS
-    ]
+    if ops.relative_bias is not None:
+        ops = ops._replace(relative_bias=ops.relative_bias.astype(jnp.float32))
+    window = config.window or (None, None)
+    left, right = (_UNLIMITED if side is None else min(side, _UNLIMITED) for side in window)
+    if config.is_causal:
+        right = 0
+    # The handlers take every operand of the call, absent ones empty.
+    operands = [jnp.zeros((0,), jnp.int32) if x is None else x for x in ops]
     return jax.ffi.ffi_call(target, results)(
         *operands,
         *extra,
         heads_first=config.layout == "BNTH",
         l2norm_qk=config.l2norm_qk,
         groups=np.int32(config.groups),
-        is_causal=config.is_causal,
+        left=np.int32(left),
+        right=np.int32(right),
         three_passes=_three_passes(config),
-        div=np.array([config.div[FIELDS.index(field)] for field in _OPERANDS], np.int64),
+        div=np.array(config.div, np.int64),
         **attributes,
     )
 
@@ -155,14 +160,25 @@ def _padded(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def _hats(ops: Operands, config: Config, dtype: Any) -> list[jax.ShapeDtypeStruct]:
-    """Scratch of the pre-passes: q^ and k^, and v in rows of a multiple of 8 where H is not one."""
+def _pre_pass(ops: Operands, config: Config, dtype: Any) -> list[jax.ShapeDtypeStruct]:
+    """Scratch of the pre-passes: q^ and k^, v in rows of a multiple of 8 where H is not one, and
+    the cells of mask and segments."""
     t, n, s, k, h = shapes(ops, config)
     row = _padded(h, 8)
+    cells: tuple[int, ...] = (0,)
+    if ops.mask is not None:
+        batch, heads, rows, cols = ops.mask.shape
+        cells = (batch, heads, -(-rows // _CELL_ROWS), -(-cols // _CELL_COLS))
+    ranges = [
+        (0,) if ids is None else (ids.shape[0], -(-ids.shape[1] // size), 2)
+        for ids, size in ((ops.q_segments, _CELL_ROWS), (ops.kv_segments, _CELL_COLS))
+    ]
     return [
         jax.ShapeDtypeStruct((config.batch, n, t, row), dtype),
         jax.ShapeDtypeStruct((ops.k.shape[0], k, s, row), dtype),
         jax.ShapeDtypeStruct((ops.v.shape[0], k, 0 if row == h else s, row), ops.v.dtype),
+        jax.ShapeDtypeStruct(cells, jnp.uint8),
+        *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ranges),
     ]
 
 
@@ -170,7 +186,7 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
     """(out, lse, lse_low) from the kernels, the latter two float32 [B, N, T]."""
     t, n, _, _, _ = shapes(ops, config)
     dtype = ops.q.dtype
-    shift = _constant_shift(dtype, config.bound)
+    shift = _constant_shift(ops, config.bound)
     # Unit vectors need no range: float16 keeps three bits more of them than bfloat16.
     hat = jnp.float16 if dtype == jnp.bfloat16 and shift is not None else dtype
     rows = jax.ShapeDtypeStruct((config.batch, n, t), jnp.float32)
@@ -178,7 +194,7 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
         jax.ShapeDtypeStruct((config.batch, *ops.q.shape[1:]), dtype),
         rows,
         rows,
-        *_hats(ops, config, hat),
+        *_pre_pass(ops, config, hat),
     ]
     out, lse, lse_low, *_ = _call(
         "jax_cosine_attn_fwd",
@@ -186,8 +202,8 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
         ops,
         (),
         config,
+        unbounded=shift is None,
         shift=np.float32(shift or 0),
-        running_max=shift is None,
     )
     return out, lse, lse_low
 
@@ -209,20 +225,30 @@ def cuda_bwd(
     padded_t = _padded(t, _LONGEST_QUERY_BLOCK)
     # Three passes accumulate in float64: two float32 each, which needs no jax_enable_x64.
     accum = 2 * row if dtype == jnp.float32 and _three_passes(config) else row
-    dscale_shape = (grad_batch[0], n) if wanted else (0, n)  # only scale: biases are refused
+    leads = dict(zip(wanted, grad_batch, strict=True))
+    options = [
+        jax.ShapeDtypeStruct((leads[name], *getattr(ops, name).shape[1:]), jnp.float32)
+        if name in wanted
+        else jax.ShapeDtypeStruct((0,), jnp.float32)
+        for name in _OPTIONS
+    ]
     results = [
         jax.ShapeDtypeStruct((batch, *ops.q.shape[1:]), dtype),
         jax.ShapeDtypeStruct((batch, *ops.k.shape[1:]), dtype),
         jax.ShapeDtypeStruct((batch, *ops.v.shape[1:]), dtype),
-        jax.ShapeDtypeStruct(dscale_shape, jnp.float32),
-        *_hats(ops, config, dtype),
+        *options,
+        *_pre_pass(ops, config, dtype),
         jax.ShapeDtypeStruct((batch, n, 0 if row == h else t, row), dtype),  # dout, padded
         jax.ShapeDtypeStruct((batch, n, t, config.groups), jnp.float32),  # inverse norms of q
         jax.ShapeDtypeStruct((ops.k.shape[0], k, s, config.groups), jnp.float32),  # and of k
         jax.ShapeDtypeStruct((batch, n, _ROW_STATS, padded_t), jnp.float32),
-        jax.ShapeDtypeStruct((batch, n, t if wanted else 0, 2), jnp.float32),  # sums over keys
+        jax.ShapeDtypeStruct(
+            (batch, n, t if "scale" in wanted else 0, 2), jnp.float32
+        ),  # sums over keys
         jax.ShapeDtypeStruct((batch, n, t, accum), jnp.float32),  # dq accumulator
     ]
     extra = (out, lse, lse_low, dout, jnp.zeros((0,), jnp.float32) if dlse is None else dlse)
-    dq, dk, dv, dscale, *_ = _call("jax_cosine_attn_bwd", results, ops, extra, config)
-    return (dq, dk, dv, dscale) if wanted else (dq, dk, dv)
+    unbounded = _constant_shift(ops, config.bound) is None
+    gradients = _call("jax_cosine_attn_bwd", results, ops, extra, config, unbounded=unbounded)
+    named = dict(zip(("q", "k", "v", *_OPTIONS), gradients, strict=False))
+    return tuple(named[name].astype(getattr(ops, name).dtype) for name in ("q", "k", "v", *wanted))

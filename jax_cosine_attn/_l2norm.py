@@ -37,10 +37,12 @@ def _normalize_jvp(
     """The part of dx orthogonal to u = x / ||x||, over the norm; 0 where the norm is clamped.
 
     Written out because the derivative of the quotient takes a difference of large numbers: its
-    float32 error is several times this one's, which is 0 for H = 1, as it should be.
+    float32 error is several times this one's. One component alone is 1 or -1, whatever its length.
     """
     (x,), (dx,) = primals, tangents
     out = normalize(x, groups)
+    if x.shape[-1] == groups:
+        return out, jnp.zeros_like(out)
     u, y, dy = (_slices(z, groups) for z in (out, x, dx))
     norm = jnp.sum(u * y, axis=-1, keepdims=True)
     is_zero = norm < EPS

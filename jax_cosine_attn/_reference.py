@@ -57,15 +57,24 @@ def reference_attention(ops: Operands, config: Config) -> tuple[jax.Array, jax.A
     q, k, v = (jnp.broadcast_to(x, (config.batch, *x.shape[1:])).astype(dtype) for x in (q, k, v))
 
     q = q.reshape(config.batch, k_heads, group, t, h)
-    logits = product("bkgth,bksh->bkgts", q, k).reshape(config.batch, n, t, s)
-    logits = jnp.where(allowed, ops.scale[..., None, None] * logits + bias, -jnp.inf)
+    cosine = product("bkgth,bksh->bkgts", q, k).reshape(config.batch, n, t, s)
+    scale = jnp.broadcast_to(ops.scale[..., None, None], (config.batch, n, t, 1))
+
+    def logits_of(cosine: jax.Array) -> jax.Array:
+        return jnp.where(allowed, scale * cosine + bias, -jnp.inf)
+
+    # Measured from a row's mean cosine, which cancels out: what rounding adds to all gradients of
+    # a row then adds nothing to the gradient of scale.
+    p = jnp.where(live_row, jax.nn.softmax(lax.stop_gradient(logits_of(cosine))), 0)
+    mean = lax.stop_gradient(jnp.sum(p * cosine, axis=3, keepdims=True))
+    logits = logits_of(cosine - mean)
 
     shift = lax.stop_gradient(jnp.max(logits, axis=3, keepdims=True, initial=-jnp.inf))
     p = jnp.exp(logits - jnp.where(live_row, shift, 0))
     row_sum = jnp.where(live_row, p.sum(axis=3, keepdims=True), 1)
     pv = product("bkgts,bksh->bkgth", p.reshape(config.batch, k_heads, group, t, s), v)
     out = jnp.where(live_row, pv.reshape(config.batch, n, t, h) / row_sum, 0)
-    lse = jnp.where(live_row, shift + jnp.log(row_sum), -jnp.inf)[..., 0]
+    lse = jnp.where(live_row, shift + jnp.log(row_sum) + scale * mean, -jnp.inf)[..., 0]
     return heads_first(out.astype(ops.v.dtype)), lse
 
 

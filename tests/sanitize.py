@@ -43,7 +43,7 @@ def run(instance: dict) -> None:
         k, v = rng.standard_normal((2, batch, size["s"], size["k"], size["h"]))
         scale = np.full(size["n"], 8.0, np.float32)
         # Without a bound the forward keeps a running maximum.
-        bound = None if instance["running_max"] else 8.0
+        bound = None if instance["unbounded"] else 8.0
 
         def attend(q, k, v, scale, bound=bound, options=options):
             return jax_cosine_attn.cosine_attention(

@@ -227,12 +227,9 @@ def check_options(implementation: str, name: str, dtype: np.dtype, sizes: Sizes)
 
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options(request, implementation, name):
-    # The yardstick is not reached yet in these cases.
-    missed = {
-        ("xla", "everything"): "dscale: error 3.2e-5, yardstick 2.2e-5",
-        ("xla", "scale-100"): "dq: error 5.01e-4, yardstick 4.79e-4",
-    }
-    if reason := missed.get((implementation, name)):
+    if (implementation, name) == ("xla", "scale-100"):
+        # Logits of 90 are rounded to 4e-6: one row of one seed in twelve has bad luck.
+        reason = "dq: error 5.01e-4, yardstick 4.79e-4"
         request.applymarker(pytest.mark.xfail(reason=reason, raises=AssertionError))
     check_options(implementation, name, F32, LARGE)
 

@@ -57,7 +57,7 @@ def test_forward(kernels):
     assert operands[:4] == ["2x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16", "1x4xf32"]
     assert results[:2] == ["2x5x4x8xbf16", "2x4x5xf32"]
     found = attributes(call)
-    assert found["is_causal"] == "true"
+    assert (found["left"], found["right"]) == (f"{1 << 30} : i32", "0 : i32")
     assert found["heads_first"] == "false"
     assert found["l2norm_qk"] == "true"
     assert found["groups"] == "1 : i32"
@@ -98,7 +98,32 @@ def test_padding_masks_and_lengths(kernels):
     text = lowered(f, *arrays(), mask, jax.ShapeDtypeStruct((B,), jnp.int32))
     (call,) = calls(text, "jax_cosine_attn_fwd")
     operands, _ = signature(call)
-    assert operands[4:7] == ["2x1x1x7xi1", "2xi32", "2xi32"]
+    assert operands[4:] == ["0xi32", "0xi32", "2x1x1x7xi1", "2xi32", "2xi32", "0xi32", "0xi32"]
+
+
+def test_biases_masks_segments_and_windows_are_passed_as_given(kernels):
+    """Broadcast axes stay of size 1, and gradients have the operand's shape."""
+    operands = {
+        "bias": jax.ShapeDtypeStruct((N, 1, S), jnp.float16),
+        "relative_bias": jax.ShapeDtypeStruct((1, T + S - 1), jnp.float32),
+        "mask": jax.ShapeDtypeStruct((1, 1, T, 1), bool),
+        "segment_ids": tuple(jax.ShapeDtypeStruct((B, x), jnp.int32) for x in (T, S)),
+    }
+
+    def loss(differentiable, q, k, v, rest):
+        out = cosine_attention(q, k, v, **differentiable, **rest, local_window_size=(3, None))
+        return out.astype(jnp.float32).sum()
+
+    differentiable = {name: operands.pop(name) for name in ("bias", "relative_bias")}
+    text = lowered(jax.grad(loss), differentiable, *arrays(), operands)
+    passed = ["1x4x1x7xf16", "1x1x11xf32", "1x1x5x1xi1", "0xi32", "0xi32", "2x5xi32", "2x7xi32"]
+    for target in ("jax_cosine_attn_fwd", "jax_cosine_attn_bwd"):
+        (call,) = calls(text, target)
+        found = attributes(call)
+        assert signature(call)[0][4:11] == passed
+        assert (found["left"], found["right"]) == ("3 : i32", f"{1 << 30} : i32")
+        assert found["unbounded"] == "true"
+    assert signature(call)[1][3:6] == ["0xf32", "1x4x1x7xf32", "1x1x11xf32"]
 
 
 def test_vmap_merges_into_one_call_and_repeats_nothing(kernels):
@@ -113,7 +138,7 @@ def test_vmap_merges_into_one_call_and_repeats_nothing(kernels):
     operands, results = signature(call)
     assert operands[:3] == ["6x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16"]
     assert results[:2] == ["6x5x4x8xbf16", "6x4x5xf32"]
-    assert "[1, 3, 3, 3, 1, 1, 1]" in call
+    assert "[1, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1]" in call
     assert "7x2x8" not in "".join(
         re.findall(r"stablehlo\.(?:broadcast|gather|concatenate).*", text)
     )
@@ -137,7 +162,7 @@ def test_learned_scale_is_an_operand_with_a_gradient(kernels):
     assert operands[3] == "1x4xf32"
     assert results[3] == "1x4xf32"
     (call,) = calls(lowered(grad(f, 0), *arrays(), scale), "jax_cosine_attn_bwd")
-    assert signature(call)[1][3] == "0x4xf32"
+    assert signature(call)[1][3] == "0xf32"
 
 
 def test_original_layout_is_passed_through_without_transposes(kernels):
@@ -218,20 +243,12 @@ def test_reference_where_cuda_refuses(kernels):
 
 UNSUPPORTED = {
     "float64": ("float64", {}),
-    "bias": ("bias", {"bias": jax.ShapeDtypeStruct((T, S), jnp.float32)}),
-    "relative_bias": ("relative_bias", {"relative_bias": jnp.ones((N, T + S - 1))}),
-    "full-mask": ("key-padding masks only", {"mask": jax.ShapeDtypeStruct((T, S), bool)}),
-    "segments": (
-        "segment_ids",
-        {"segment_ids": (jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32))},
-    ),
-    "window": ("local_window_size", {"local_window_size": 2}),
     "deterministic": ("deterministic", {"deterministic": True}),
 }
 
 
 @pytest.mark.parametrize(
-    ("dtype", "options", "running_max", "shift"),
+    ("dtype", "options", "unbounded", "shift"),
     [
         (jnp.float16, {"scale": 11.0}, False, 0),
         (jnp.float16, {"scale": 11.5}, True, 0),
@@ -243,7 +260,7 @@ UNSUPPORTED = {
         (jnp.float32, {"scale": jnp.ones(N), "scale_bound": 9.0}, False, 0),
     ],
 )
-def test_bound_decides_about_the_running_maximum(kernels, dtype, options, running_max, shift):
+def test_bound_decides_about_the_running_maximum(kernels, dtype, options, unbounded, shift):
     arguments = {"scale": 8.0} | options
     scale = arguments.pop("scale")
 
@@ -254,7 +271,7 @@ def test_bound_decides_about_the_running_maximum(kernels, dtype, options, runnin
     learned = () if isinstance(scale, float) else (scale,)
     (call,) = calls(lowered(f, *arrays(dtype), *learned), "jax_cosine_attn_fwd")
     found = attributes(call)
-    assert found["running_max"] == str(running_max).lower()
+    assert found["unbounded"] == str(unbounded).lower()
     assert float(found["shift"].split(" :")[0]) == shift
 
 

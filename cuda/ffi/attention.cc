@@ -71,11 +71,19 @@ ffi::Error to_error(const Status& status) {
 }
 
 struct Attributes {
-  bool heads_first, l2norm_qk, is_causal, three_passes;
-  int32_t groups;
-  ffi::Span<const int64_t> div;  // of q, k, v, scale, mask, q_lengths, kv_lengths
+  bool heads_first, l2norm_qk, three_passes, unbounded;
+  int32_t groups, left, right;
+  ffi::Span<const int64_t> div;  // of the data operands, in the order of Operands
 };
-constexpr size_t kDivs = 7;
+
+// What both directions read beside q, k and v, and the scratch of the pre-pass over it.
+struct Operands {
+  const ffi::AnyBuffer &q, &k, &v, &scale, &bias, &relative_bias, &mask, &q_lengths, &kv_lengths,
+      &q_segments, &kv_segments;
+  ffi::AnyBuffer &mask_cells, &q_ranges, &kv_ranges;
+};
+enum Field { kQ, kK, kV, kScale, kBias, kRelativeBias, kMask, kQLengths, kKvLengths, kQSegments,
+             kKvSegments, kFields };
 
 // The data operands that both directions share, checked; `batch` is that of the results.
 struct Inputs {
@@ -116,19 +124,47 @@ bool arithmetic_of(ffi::DataType dtype, bool three_passes, Arithmetic& arithmeti
   }
 }
 
-Inputs read_inputs(Checker& check, const ffi::AnyBuffer& q, const ffi::AnyBuffer& k,
-                   const ffi::AnyBuffer& v, const ffi::AnyBuffer& scale, const ffi::AnyBuffer& mask,
-                   const ffi::AnyBuffer& q_lengths, const ffi::AnyBuffer& kv_lengths, int64_t batch,
+bool float_type_of(ffi::DataType dtype, FloatType& type) {
+  switch (dtype) {
+    case ffi::F16:
+      type = FloatType::kFloat16;
+      return true;
+    case ffi::BF16:
+      type = FloatType::kBfloat16;
+      return true;
+    case ffi::F32:
+      type = FloatType::kFloat32;
+      return true;
+    default:
+      return false;
+  }
+}
+
+// Strides of a [., 1|N, 1|T, 1|S] buffer: 0 along broadcast axes.
+template <class Pairs>
+void set_strides(Pairs& pairs, const ffi::AnyBuffer& buffer) {
+  const auto d = buffer.dimensions();
+  pairs.stride_batch = d[1] * d[2] * d[3];
+  pairs.stride_head = d[1] == 1 ? 0 : d[2] * d[3];
+  pairs.stride_row = d[2] == 1 ? 0 : d[3];
+  pairs.stride_col = d[3] == 1 ? 0 : 1;
+}
+
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
+Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
                    const Attributes& attributes) {
+  const auto& [q, k, v, scale, bias, relative_bias, mask, q_lengths, kv_lengths, q_segments,
+               kv_segments, mask_cells, q_ranges, kv_ranges] = operands;
   Inputs in{};
   in.dtype = q.element_type();
   check.require(arithmetic_of(in.dtype, attributes.three_passes, in.arithmetic),
                 "dtype " + std::to_string(int(in.dtype)) + " of q is not supported");
   check.shape("q", q, in.dtype, {-1, -1, -1, -1});
   check.shape("k", k, in.dtype, {-1, -1, -1, -1});
-  check.require(attributes.div.size() == kDivs, "div has " +
-                                                    std::to_string(attributes.div.size()) +
-                                                    " entries, expected 7");
+  check.require(attributes.div.size() == kFields,
+                "div has " + std::to_string(attributes.div.size()) + " entries, expected " +
+                    std::to_string(int(kFields)));
   if (!check.ok()) return in;
   for (const int64_t div : attributes.div) check.require(div > 0, "div entries must be positive");
 
@@ -148,18 +184,55 @@ Inputs read_inputs(Checker& check, const ffi::AnyBuffer& q, const ffi::AnyBuffer
   check.require(batch >= 1 && dq[0] >= 1 && dk[0] >= 1 && v.dimensions()[0] >= 1 &&
                     scale.dimensions()[0] >= 1,
                 "empty batch");
+  // [., 1|N, 1|T, 1|S]
+  const auto check_pairs = [&](const char* name, const ffi::AnyBuffer& x, ffi::DataType dtype) {
+    check.shape(name, x, dtype, {-1, -1, -1, -1});
+    if (!check.ok()) return;
+    const auto d = x.dimensions();
+    check.require((d[1] == 1 || d[1] == n) && (d[2] == 1 || d[2] == t) && (d[3] == 1 || d[3] == s),
+                  std::string(name) + ": got " + shape_text(x) + " for " + std::to_string(n) +
+                      " heads and " + std::to_string(t) + " x " + std::to_string(s) + " pairs");
+  };
   if (!is_absent(mask)) {
-    check.shape("mask", mask, ffi::PRED, {-1, -1, 1, s});
-    if (check.ok()) {
-      check.require(mask.dimensions()[1] == 1 || mask.dimensions()[1] == n,
-                    "mask: got " + shape_text(mask) + " for " + std::to_string(n) + " heads");
-    }
+    check_pairs("mask", mask, ffi::PRED);
+    if (!check.ok()) return in;
+    const auto d = mask.dimensions();
+    check.shape("mask_cells", mask_cells, ffi::U8,
+                {d[0], d[1], ceil_div(d[2], kCellRows), ceil_div(d[3], kCellCols)});
   }
+  FloatType bias_type{};
+  if (!is_absent(bias)) {
+    check.require(float_type_of(bias.element_type(), bias_type),
+                  "dtype " + std::to_string(int(bias.element_type())) + " of bias is not supported");
+    check_pairs("bias", bias, bias.element_type());
+  }
+  if (!is_absent(relative_bias)) {
+    check.shape("relative_bias", relative_bias, ffi::F32, {-1, -1, t + s - 1});
+    if (!check.ok()) return in;
+    const int64_t heads = relative_bias.dimensions()[1];
+    check.require(heads == 1 || heads == n, "relative_bias: got " + shape_text(relative_bias) +
+                                                " for " + std::to_string(n) + " heads");
+  }
+  check.require(attributes.unbounded || (is_absent(bias) && is_absent(relative_bias)),
+                "a bias has no bound");
+  check.require(is_absent(q_segments) == is_absent(kv_segments), "segments of one side only");
+  const auto check_segments = [&](const char* name, const ffi::AnyBuffer& x, int64_t length,
+                                  const ffi::AnyBuffer& ranges, int cell) {
+    if (is_absent(x)) return;
+    check.shape(name, x, ffi::S32, {-1, length});
+    if (check.ok()) check.shape(name, ranges, ffi::S32, {x.dimensions()[0], ceil_div(length, cell), 2});
+  };
+  check_segments("q_segments", q_segments, t, q_ranges, kCellRows);
+  check_segments("kv_segments", kv_segments, s, kv_ranges, kCellCols);
+  check.require(attributes.left >= 0 && attributes.left <= kUnlimited && attributes.right >= 0 &&
+                    attributes.right <= kUnlimited,
+                "window: got " + std::to_string(attributes.left) + " and " +
+                    std::to_string(attributes.right));
   if (!is_absent(q_lengths)) check.shape("q_lengths", q_lengths, ffi::S32, {-1});
   if (!is_absent(kv_lengths)) check.shape("kv_lengths", kv_lengths, ffi::S32, {-1});
-  constexpr int64_t kMax = int64_t(1) << 31;
-  check.require(t < kMax - 256 && s < kMax - 256 && batch < kMax && n * h < kMax,
-                "extents beyond 2^31: got q " + shape_text(q) + ", k " + shape_text(k));
+  constexpr int64_t kMax = kUnlimited;
+  check.require(t < kMax && s < kMax && batch < kMax && n * h < kMax,
+                "extents beyond 2^30: got q " + shape_text(q) + ", k " + shape_text(k));
   if (!check.ok()) return in;
 
   Problem& p = in.problem;
@@ -171,7 +244,8 @@ Inputs read_inputs(Checker& check, const ffi::AnyBuffer& q, const ffi::AnyBuffer
   p.head_dim = static_cast<int>(h);
   p.head_dim_padded = static_cast<int>((h + 7) / 8 * 8);
   p.groups = attributes.groups;
-  p.is_causal = attributes.is_causal;
+  p.left = attributes.left;
+  p.right = attributes.right;
   p.l2norm = attributes.l2norm_qk;
   const auto lengths = [](const ffi::AnyBuffer& buffer, int full, int64_t div) {
     Lengths lengths;
@@ -182,43 +256,73 @@ Inputs read_inputs(Checker& check, const ffi::AnyBuffer& q, const ffi::AnyBuffer
     }
     return lengths;
   };
-  p.q_lengths = lengths(q_lengths, p.seqlen_q, attributes.div[5]);
-  p.kv_lengths = lengths(kv_lengths, p.seqlen_k, attributes.div[6]);
+  p.q_lengths = lengths(q_lengths, p.seqlen_q, attributes.div[kQLengths]);
+  p.kv_lengths = lengths(kv_lengths, p.seqlen_k, attributes.div[kKvLengths]);
   if (!is_absent(mask)) {
-    const auto d = mask.dimensions();
-    p.key_mask.data = static_cast<const uint8_t*>(mask.untyped_data());
-    p.key_mask.stride_batch = d[1] * s;
-    p.key_mask.stride_head = d[1] == 1 ? 0 : s;
-    p.key_mask.batch = {d[0], attributes.div[4]};
+    const auto cells = mask_cells.dimensions();
+    set_strides(p.mask, mask);
+    p.mask.data = static_cast<const uint8_t*>(mask.untyped_data());
+    p.mask.batch = {mask.dimensions()[0], attributes.div[kMask]};
+    p.mask.cell_data = static_cast<uint8_t*>(mask_cells.untyped_data());
+    p.mask.cell_heads = static_cast<int>(cells[1]);
+    p.mask.cell_rows = static_cast<int>(cells[2]);
+    p.mask.cell_cols = static_cast<int>(cells[3]);
   }
+  const auto segments = [](const ffi::AnyBuffer& ids, ffi::AnyBuffer& ranges, int cell, int64_t div) {
+    if (is_absent(ids)) return Segments{};
+    return Segments{.data = static_cast<const int32_t*>(ids.untyped_data()),
+                    .seqlen = static_cast<int>(ids.dimensions()[1]),
+                    .cell = cell,
+                    .batch = {ids.dimensions()[0], div},
+                    .ranges = static_cast<int2*>(ranges.untyped_data())};
+  };
+  p.q_segments = segments(q_segments, q_ranges, kCellRows, attributes.div[kQSegments]);
+  p.kv_segments = segments(kv_segments, kv_ranges, kCellCols, attributes.div[kKvSegments]);
   p.scale.data = static_cast<const float*>(scale.untyped_data());
-  p.scale.batch = {scale.dimensions()[0], attributes.div[3]};
-  in.q = rows_of(q, heads_first, attributes.div[0]);
-  in.k = rows_of(k, heads_first, attributes.div[1]);
-  in.v = rows_of(v, heads_first, attributes.div[2]);
+  p.scale.batch = {scale.dimensions()[0], attributes.div[kScale]};
+  if (!is_absent(bias)) {
+    set_strides(p.bias, bias);
+    p.bias.data = bias.untyped_data();
+    p.bias.type = bias_type;
+    p.bias.batch = {bias.dimensions()[0], attributes.div[kBias]};
+  }
+  if (!is_absent(relative_bias)) {
+    const auto d = relative_bias.dimensions();
+    p.relative_bias = {.data = static_cast<const float*>(relative_bias.untyped_data()),
+                       .stride_batch = d[1] * d[2],
+                       .stride_head = d[1] == 1 ? 0 : d[2],
+                       .batch = {d[0], attributes.div[kRelativeBias]}};
+  }
+  in.q = rows_of(q, heads_first, attributes.div[kQ]);
+  in.k = rows_of(k, heads_first, attributes.div[kK]);
+  in.v = rows_of(v, heads_first, attributes.div[kV]);
   return in;
 }
 
 using Result = ffi::Result<ffi::AnyBuffer>;
 
 ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                   ffi::AnyBuffer scale, ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths,
-                   ffi::AnyBuffer kv_lengths, Result out, Result lse, Result lse_low, Result q_hat,
-                   Result k_hat, Result v_padded, bool heads_first, bool l2norm_qk, int32_t groups,
-                   bool is_causal, bool three_passes, float shift, bool running_max,
-                   ffi::Span<const int64_t> div) {
+                   ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer relative_bias,
+                   ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths, ffi::AnyBuffer kv_lengths,
+                   ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, Result out, Result lse,
+                   Result lse_low, Result q_hat, Result k_hat, Result v_padded, Result mask_cells,
+                   Result q_ranges, Result kv_ranges, bool heads_first, bool l2norm_qk,
+                   int32_t groups, int32_t left, int32_t right, bool three_passes, bool unbounded,
+                   float shift, ffi::Span<const int64_t> div) {
   Checker check;
   const auto d = out->dimensions();
   check.require(d.size() == 4, "out: got " + shape_text(*out));
   if (!check.ok()) return check.error();
-  const Inputs in =
-      read_inputs(check, q, k, v, scale, mask, q_lengths, kv_lengths, d[0],
-                  {heads_first, l2norm_qk, is_causal, three_passes, groups, div});
+  const Inputs in = read_inputs(
+      check,
+      {q, k, v, scale, bias, relative_bias, mask, q_lengths, kv_lengths, q_segments, kv_segments,
+       *mask_cells, *q_ranges, *kv_ranges},
+      d[0], {heads_first, l2norm_qk, three_passes, unbounded, groups, left, right, div});
   if (!check.ok()) return check.error();
 
   const Problem& p = in.problem;
   const int64_t hp = p.head_dim_padded, n = p.num_heads, kv = p.num_heads_kv;
-  const ffi::DataType hat = running_max || in.dtype == ffi::F32 ? in.dtype : ffi::F16;
+  const ffi::DataType hat = unbounded || in.dtype == ffi::F32 ? in.dtype : ffi::F16;
   check.shape("out", *out, in.dtype, {p.batch, q.dimensions()[1], q.dimensions()[2], p.head_dim});
   check.shape("lse", *lse, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("lse_low", *lse_low, ffi::F32, {p.batch, n, p.seqlen_q});
@@ -230,34 +334,39 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
 
   return to_error(launch_forward(stream, {.problem = p,
                                           .arithmetic = in.arithmetic,
-                                          .shift = shift * kLog2e,
+                                          .shift = shift,
                                           .q = in.q,
                                           .k = in.k,
                                           .v = in.v,
                                           .q_hat = packed_rows(*q_hat, 1),
-                                          .k_hat = packed_rows(*k_hat, div[1]),
-                                          .v_padded = packed_rows(*v_padded, div[2]),
+                                          .k_hat = packed_rows(*k_hat, div[kK]),
+                                          .v_padded = packed_rows(*v_padded, div[kV]),
                                           .out = rows_of(*out, heads_first, 1),
                                           .lse = lse->typed_data<float>(),
                                           .lse_low = lse_low->typed_data<float>(),
-                                          .running_max = running_max}));
+                                          .unbounded = unbounded}));
 }
 
 ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
-                    ffi::AnyBuffer scale, ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths,
-                    ffi::AnyBuffer kv_lengths, ffi::AnyBuffer out, ffi::AnyBuffer lse,
-                    ffi::AnyBuffer lse_low, ffi::AnyBuffer dout, ffi::AnyBuffer dlse, Result dq, Result dk, Result dv,
-                    Result dscale, Result q_hat, Result k_hat, Result v_padded, Result dout_padded,
-                    Result q_inverse_norm, Result k_inverse_norm, Result row_stats,
-                    Result row_sums, Result dq_accum, bool heads_first, bool l2norm_qk, int32_t groups,
-                    bool is_causal, bool three_passes, ffi::Span<const int64_t> div) {
+                    ffi::AnyBuffer scale, ffi::AnyBuffer bias, ffi::AnyBuffer relative_bias,
+                    ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths, ffi::AnyBuffer kv_lengths,
+                    ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, ffi::AnyBuffer out,
+                    ffi::AnyBuffer lse, ffi::AnyBuffer lse_low, ffi::AnyBuffer dout,
+                    ffi::AnyBuffer dlse, Result dq, Result dk, Result dv, Result dscale, Result dbias,
+                    Result drelative_bias, Result q_hat, Result k_hat, Result v_padded,
+                    Result mask_cells, Result q_ranges, Result kv_ranges, Result dout_padded,
+                    Result q_inverse_norm, Result k_inverse_norm, Result row_stats, Result row_sums,
+                    Result dq_accum, bool heads_first, bool l2norm_qk, int32_t groups, int32_t left,
+                    int32_t right, bool three_passes, bool unbounded, ffi::Span<const int64_t> div) {
   Checker check;
   const auto d = dq->dimensions();
   check.require(d.size() == 4, "dq: got " + shape_text(*dq));
   if (!check.ok()) return check.error();
-  const Inputs in =
-      read_inputs(check, q, k, v, scale, mask, q_lengths, kv_lengths, d[0],
-                  {heads_first, l2norm_qk, is_causal, three_passes, groups, div});
+  const Inputs in = read_inputs(
+      check,
+      {q, k, v, scale, bias, relative_bias, mask, q_lengths, kv_lengths, q_segments, kv_segments,
+       *mask_cells, *q_ranges, *kv_ranges},
+      d[0], {heads_first, l2norm_qk, three_passes, unbounded, groups, left, right, div});
   if (!check.ok()) return check.error();
 
   const Problem& p = in.problem;
@@ -286,6 +395,27 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   // Two float32 hold a float64, which JAX does not pass while jax_enable_x64 is off.
   const int64_t accum_width = in.arithmetic == Arithmetic::kThreeTf32 ? 2 * hp : hp;
   check.shape("dq_accum", *dq_accum, ffi::F32, {b, n, t, accum_width});
+  // Gradients have their operand's shape, and a leading dim of their own.
+  BiasGradient dense, relative;
+  if (!is_absent(*dbias)) {
+    const auto shape = bias.dimensions();
+    check.require(shape.size() == 4, "dbias without bias");
+    if (check.ok()) check.shape("dbias", *dbias, ffi::F32, {-1, shape[1], shape[2], shape[3]});
+    if (!check.ok()) return check.error();
+    set_strides(dense, *dbias);
+    dense.data = dbias->typed_data<float>();
+    dense.batch = dbias->dimensions()[0];
+  }
+  if (!is_absent(*drelative_bias)) {
+    const auto shape = relative_bias.dimensions();
+    check.require(shape.size() == 3, "drelative_bias without relative_bias");
+    if (check.ok()) check.shape("drelative_bias", *drelative_bias, ffi::F32, {-1, shape[1], shape[2]});
+    if (!check.ok()) return check.error();
+    relative = {.data = drelative_bias->typed_data<float>(),
+                .stride_batch = shape[1] * shape[2],
+                .stride_head = shape[1] == 1 ? 0 : shape[2],
+                .batch = drelative_bias->dimensions()[0]};
+  }
   if (!check.ok()) return check.error();
 
   return to_error(launch_backward(
@@ -301,8 +431,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .lse_low = lse_low.typed_data<float>(),
        .dlse = is_absent(dlse) ? nullptr : dlse.typed_data<float>(),
        .q_hat = packed_rows(*q_hat, 1),
-       .k_hat = packed_rows(*k_hat, div[1]),
-       .v_padded = packed_rows(*v_padded, div[2]),
+       .k_hat = packed_rows(*k_hat, div[kK]),
+       .v_padded = packed_rows(*v_padded, div[kV]),
        .dout_padded = packed_rows(*dout_padded, 1),
        .q_inverse_norm = q_inverse_norm->typed_data<float>(),
        .k_inverse_norm = k_inverse_norm->typed_data<float>(),
@@ -313,7 +443,12 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .dk = rows_of(*dk, heads_first, 1),
        .dv = rows_of(*dv, heads_first, 1),
        .dscale = is_absent(*dscale) ? nullptr : dscale->typed_data<float>(),
-       .dscale_batch = is_absent(*dscale) ? 1 : static_cast<int>(dscale->dimensions()[0])}));
+       .dscale_batch = is_absent(*dscale) ? 1 : static_cast<int>(dscale->dimensions()[0]),
+       .dbias = dense,
+       .drelative_bias = relative,
+       .dbias_size = static_cast<int64_t>(dbias->element_count()),
+       .drelative_bias_size = static_cast<int64_t>(drelative_bias->element_count()),
+       .unbounded = unbounded}));
 }
 
 }  // namespace
@@ -327,22 +462,30 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Arg<AnyBuffer>()  // k
                                   .Arg<AnyBuffer>()  // v
                                   .Arg<AnyBuffer>()  // scale
+                                  .Arg<AnyBuffer>()  // bias
+                                  .Arg<AnyBuffer>()  // relative_bias
                                   .Arg<AnyBuffer>()  // mask
                                   .Arg<AnyBuffer>()  // q_lengths
                                   .Arg<AnyBuffer>()  // kv_lengths
+                                  .Arg<AnyBuffer>()  // q_segments
+                                  .Arg<AnyBuffer>()  // kv_segments
                                   .Ret<AnyBuffer>()  // out
                                   .Ret<AnyBuffer>()  // lse
                                   .Ret<AnyBuffer>()  // lse_low
                                   .Ret<AnyBuffer>()  // q_hat
                                   .Ret<AnyBuffer>()  // k_hat
                                   .Ret<AnyBuffer>()  // v_padded
+                                  .Ret<AnyBuffer>()  // mask_cells
+                                  .Ret<AnyBuffer>()  // q_ranges
+                                  .Ret<AnyBuffer>()  // kv_ranges
                                   .Attr<bool>("heads_first")
                                   .Attr<bool>("l2norm_qk")
                                   .Attr<int32_t>("groups")
-                                  .Attr<bool>("is_causal")
+                                  .Attr<int32_t>("left")
+                                  .Attr<int32_t>("right")
                                   .Attr<bool>("three_passes")
+                                  .Attr<bool>("unbounded")
                                   .Attr<float>("shift")
-                                  .Attr<bool>("running_max")
                                   .Attr<ffi::Span<const int64_t>>("div"),
                               {ffi::Traits::kCmdBufferCompatible});
 
@@ -353,9 +496,13 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Arg<AnyBuffer>()  // k
                                   .Arg<AnyBuffer>()  // v
                                   .Arg<AnyBuffer>()  // scale
+                                  .Arg<AnyBuffer>()  // bias
+                                  .Arg<AnyBuffer>()  // relative_bias
                                   .Arg<AnyBuffer>()  // mask
                                   .Arg<AnyBuffer>()  // q_lengths
                                   .Arg<AnyBuffer>()  // kv_lengths
+                                  .Arg<AnyBuffer>()  // q_segments
+                                  .Arg<AnyBuffer>()  // kv_segments
                                   .Arg<AnyBuffer>()  // out
                                   .Arg<AnyBuffer>()  // lse
                                   .Arg<AnyBuffer>()  // lse_low
@@ -365,9 +512,14 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Ret<AnyBuffer>()  // dk
                                   .Ret<AnyBuffer>()  // dv
                                   .Ret<AnyBuffer>()  // dscale
+                                  .Ret<AnyBuffer>()  // dbias
+                                  .Ret<AnyBuffer>()  // drelative_bias
                                   .Ret<AnyBuffer>()  // q_hat
                                   .Ret<AnyBuffer>()  // k_hat
                                   .Ret<AnyBuffer>()  // v_padded
+                                  .Ret<AnyBuffer>()  // mask_cells
+                                  .Ret<AnyBuffer>()  // q_ranges
+                                  .Ret<AnyBuffer>()  // kv_ranges
                                   .Ret<AnyBuffer>()  // dout_padded
                                   .Ret<AnyBuffer>()  // q_inverse_norm
                                   .Ret<AnyBuffer>()  // k_inverse_norm
@@ -377,8 +529,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Attr<bool>("heads_first")
                                   .Attr<bool>("l2norm_qk")
                                   .Attr<int32_t>("groups")
-                                  .Attr<bool>("is_causal")
+                                  .Attr<int32_t>("left")
+                                  .Attr<int32_t>("right")
                                   .Attr<bool>("three_passes")
+                                  .Attr<bool>("unbounded")
                                   .Attr<ffi::Span<const int64_t>>("div"),
                               {ffi::Traits::kCmdBufferCompatible});
 

@@ -11,7 +11,7 @@ namespace jca {
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLog2eLow = 1.4426950408889634 - kLog2e;  // what rounding to float32 took
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLn2Low = 0.6931471805599453 - kLn2;
+constexpr int kUnlimited = 1 << 30;  // side of a window that rules nothing out
 constexpr float kMinNorm = 1e-6f;  // a slice below it counts as a zero row
 
 // Batch entry b of the call reads entry (b / div) % size of an operand: how vmap shares an operand
@@ -55,16 +55,56 @@ struct Lengths {
   }
 };
 
-// bool [., 1|N, S]: which keys may be attended.
-struct KeyMask {
+// Masks and segments are condensed into cells of this many rows and keys.
+constexpr int kCellRows = 64, kCellCols = 32;
+enum CellBits : uint8_t { kSomeAllowed = 1, kSomeForbidden = 2 };
+
+// bool [., 1|N, 1|T, 1|S]: which pairs may be attended. Broadcast axes have stride 0.
+struct Mask {
   const uint8_t* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_col = 0;
+  BatchIndex batch;
+  uint8_t* cell_data = nullptr;  // scratch [., 1|N, rows, cols] of CellBits
+  int cell_heads = 1, cell_rows = 1, cell_cols = 1;
+
+  __device__ const uint8_t* at(int64_t b, int head) const {
+    return data + batch(b) * stride_batch + head * stride_head;
+  }
+};
+
+// int32 [., L]: a pair is allowed only within one segment.
+struct Segments {
+  const int32_t* data = nullptr;
+  int seqlen = 0, cell = 1;  // ids a cell
+  BatchIndex batch;
+  int2* ranges = nullptr;  // scratch [., cells]: least and largest id of each
+
+  __host__ __device__ int cells() const { return (seqlen + cell - 1) / cell; }
+  __device__ const int32_t* row(int64_t b) const { return data + batch(b) * seqlen; }
+};
+
+enum class FloatType { kFloat16, kBfloat16, kFloat32 };
+
+// Float [., 1|N, 1|T, 1|S] added to the logits. Broadcast axes have stride 0.
+struct Bias {
+  const void* data = nullptr;
+  FloatType type = FloatType::kFloat32;
+  int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_col = 0;
+  BatchIndex batch;
+};
+
+// float32 [., 1|N, T + S - 1] added at entry (i - j) + (S_b - T_b) + (T - 1).
+struct RelativeBias {
+  const float* data = nullptr;
   int64_t stride_batch = 0, stride_head = 0;
   BatchIndex batch;
+};
 
-  // Null when there is no mask.
-  __device__ const uint8_t* row(int64_t b, int64_t head) const {
-    return data ? data + batch(b) * stride_batch + head * stride_head : nullptr;
-  }
+// Gradient of one of them, float32, zeroed: strides as in the operand, batch entry b adds to b % batch.
+struct BiasGradient {
+  float* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_col = 0;
+  int64_t batch = 1;
 };
 
 // float32 [., N]
@@ -75,18 +115,23 @@ struct HeadScale {
 
 struct Problem {
   int batch, seqlen_q, seqlen_k, num_heads, num_heads_kv, head_dim, head_dim_padded;
-  int groups;  // l2-norm slices of a head
-  bool is_causal, l2norm;
+  int groups;       // l2-norm slices of a head
+  int left, right;  // row i sees keys j with -left <= j - i - (S_b - T_b) <= right
+  bool l2norm;
   Lengths q_lengths, kv_lengths;
-  KeyMask key_mask;
+  Mask mask;
+  Segments q_segments, kv_segments;
   HeadScale scale;
+  Bias bias;
+  RelativeBias relative_bias;
 };
 
 struct NormParams {
   Problem problem;
   Rows x;        // [., L, heads, H] raw
   int seqlen, num_heads, batch;
-  HeadScale fold;       // multiplied in with log2 e, per head; no data: the unit vectors alone
+  HeadScale fold;       // multiplied in per head; no data: the unit vectors alone
+  bool log2_units;      // log2 e too
   Rows hat;             // [batch, heads, L, Hp], zeros past H
   float* inverse_norm;  // [batch, heads, L, groups], 0 for zero rows; may be null
   bool l2norm;
@@ -94,18 +139,21 @@ struct NormParams {
 
 struct FwdParams {
   Problem problem;
-  Rows q_hat, k_hat;  // [., heads, L, Hp] unit rows; q_hat carries scale * log2 e
+  // [., heads, L, Hp] unit rows. q_hat carries the scale and, where logits are bounded, log2 e: then P is
+  // one exp2 away. With biases the logits stay in natural units, where adding one rounds as it does in the
+  // formula.
+  Rows q_hat, k_hat;
   Rows v;             // [., S, K, H]
   Rows out;           // [B, T, N, H]
   float* lse;         // [B, N, T] natural log
   float* lse_low;     // [B, N, T] what rounding took from lse
-  float shift;        // c of P = exp2(S - c), log2 units; unused with a running maximum
+  float shift, shift_log2;  // c of P = exp(S - c), and times log2 e; unused with a running maximum
 };
 
 // Rows of one (batch, head) in the per-row numbers of the backward, float32 [B, N, kRowStats, Tp].
 // Tp is T rounded up to a multiple of every kBlockM.
 enum RowStat {
-  kLse,     // log2 units, +inf in dead rows
+  kLse,     // in the units of S, +inf in dead rows
   kLseLow,  // what rounding took from it
   kDelta,   // rowsum(dO * O) - dlse, 0 in dead rows
   kRowStats
@@ -126,6 +174,7 @@ struct DeltaParams {
   const float* lse;      // [B, N, T]
   const float* lse_low;  // [B, N, T]
   const float* dlse;     // [B, N, T] or null
+  bool log2_units;       // of S in the kernel that reads stats
   RowStats stats;
 };
 
@@ -136,9 +185,10 @@ struct BwdParams {
   const float* k_inverse_norm;  // [Bk, K, S, groups]
   RowStats stats;
   void* dq_accum;  // [B, N, T, Hp] of Op::Accum, zeroed: dS k^, without scale
-  // [B, N, T] pairs, zeroed, or null: sums over keys of dS and of P S (log2 units), for dscale.
+  // [B, N, T] pairs, zeroed, or null: sums over keys of dS and of P S, for dscale.
   float2* row_sums;
   Rows dk, dv;      // [B, S, K, H]
+  BiasGradient dbias, drelative_bias;
 };
 
 struct DqParams {
@@ -148,6 +198,7 @@ struct DqParams {
   RowStats stats;
   const void* dq_accum;
   const float2* row_sums;  // as above; with dscale
+  bool log2_units;         // of their S
   const float* dlse;       // [B, N, T] or null
   Rows dq;                 // [B, T, N, H]
   float* dscale;     // [Bd, N] zeroed, or null; entry b % dscale_batch

@@ -139,7 +139,7 @@ struct RowBlock {
   }
 };
 
-// x -> x^ (unit slices, times scale * log2 e where a fold is given) in rows of Hp, zeros past H.
+// x -> x^ (unit slices, times the fold where one is given) in rows of Hp, zeros past H.
 // float32 rows go through double and are rounded once: an error of the norm or of the fold would be
 // common to all logits of a row, and grows with the scale.
 template <typename T, typename THat, int kLanes>
@@ -156,7 +156,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   Real fold = 1;
   if (params.fold.data != nullptr) {
     fold = Real(params.fold.data[params.fold.batch(at.b) * params.num_heads + at.head]) *
-           Real(1.4426950408889634);
+           (params.log2_units ? Real(1.4426950408889634) : Real(1));
   }
   if (!params.l2norm) {
 #pragma unroll
@@ -196,8 +196,8 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   if (valid) L::store(params.hat.head<THat>(at.b, at.head).row(at.row), x, p.head_dim_padded);
 }
 
-// delta = rowsum(dO * O) - dlse and lse in log2 units, laid out for the backward's tiles. Whatever a
-// dead row of dO or dlse holds is dropped here.
+// delta = rowsum(dO * O) - dlse and lse, laid out for the backward's tiles. Whatever a dead row of dO or
+// dlse holds is dropped here.
 template <typename T, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams params) {
   using L = RowLanes<kLanes>;
@@ -218,9 +218,11 @@ __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams para
   delta = L::sum(delta);
   if (live && params.dlse != nullptr) delta -= params.dlse[bh * p.seqlen_q + at.row];
   if (L::lane() == 0) {
-    const float high = lse * kLog2e;
-    const float low = fmaf(lse, kLog2e, -high) + lse * kLog2eLow +
-                      (live ? params.lse_low[bh * p.seqlen_q + at.row] * kLog2e : 0.f);
+    float high = lse, low = live ? params.lse_low[bh * p.seqlen_q + at.row] : 0.f;
+    if (params.log2_units) {
+      high = lse * kLog2e;
+      low = fmaf(lse, kLog2e, -high) + lse * kLog2eLow + low * kLog2e;
+    }
     params.stats.row(bh, kLse)[at.row] = live ? high : INFINITY;
     params.stats.row(bh, kLseLow)[at.row] = live ? low : 0.f;
     params.stats.row(bh, kDelta)[at.row] = delta;
@@ -261,7 +263,8 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
       const float2 sums = params.row_sums[bh * p.seqlen_q + row];
       const float excess = sums.x - (params.dlse ? params.dlse[bh * p.seqlen_q + row] : 0.f);
       // Without a scale no logit tells the mean cosine.
-      centred = scale == 0.f ? dot : dot - excess * (sums.y * kLn2 / scale);
+      const float mean_logit = params.log2_units ? sums.y * kLn2 : sums.y;
+      centred = scale == 0.f ? dot : dot - excess * (mean_logit / scale);
     }
     row_dots[threadIdx.x / kLanes] = centred;
   }

@@ -1,7 +1,9 @@
 #include "launch/attention.h"
 
 #include <climits>
+#include <utility>
 
+#include "kernels/cells.h"
 #include "kernels/rows.h"
 
 namespace jca {
@@ -56,6 +58,7 @@ Status pad_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int 
                                   .num_heads = num_heads,
                                   .batch = static_cast<int>(padded.batch.size),
                                   .fold = {},
+                                  .log2_units = false,
                                   .hat = padded,
                                   .inverse_norm = nullptr,
                                   .l2norm = false});
@@ -63,8 +66,8 @@ Status pad_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int 
 
 // q^ of every batch entry of the call (it carries the entry's scale), k^ of every entry of k.
 template <typename T, typename THat>
-Status normalize_qk(cudaStream_t stream, const Problem& problem, const Rows& q, const Rows& k,
-                    const Rows& q_hat, const Rows& k_hat, float* q_inverse_norm,
+Status normalize_qk(cudaStream_t stream, const Problem& problem, bool log2_units, const Rows& q,
+                    const Rows& k, const Rows& q_hat, const Rows& k_hat, float* q_inverse_norm,
                     float* k_inverse_norm) {
   const Status status = normalize<T, THat>(stream, {.problem = problem,
                                                     .x = q,
@@ -72,6 +75,7 @@ Status normalize_qk(cudaStream_t stream, const Problem& problem, const Rows& q, 
                                                     .num_heads = problem.num_heads,
                                                     .batch = problem.batch,
                                                     .fold = problem.scale,
+                                                    .log2_units = log2_units,
                                                     .hat = q_hat,
                                                     .inverse_norm = q_inverse_norm,
                                                     .l2norm = problem.l2norm});
@@ -87,16 +91,42 @@ Status normalize_qk(cudaStream_t stream, const Problem& problem, const Rows& q, 
                                      .num_heads = problem.num_heads_kv,
                                      .batch = static_cast<int>(k.batch.size),
                                      .fold = {},
+                                     .log2_units = false,
                                      .hat = own_hat,
                                      .inverse_norm = k_inverse_norm,
                                      .l2norm = problem.l2norm});
 }
 
+// Fills the cells of masks and segments.
+Status condense(cudaStream_t stream, const Problem& p) {
+  const auto blocks = [](int64_t cells) {
+    constexpr int kCells = kCellThreads / 32;
+    return static_cast<unsigned>((cells + kCells - 1) / kCells);
+  };
+  if (p.mask.data != nullptr) {
+    const Mask& mask = p.mask;
+    const int64_t heads_and_batch = mask.batch.size * mask.cell_heads;
+    const MaskCellParams params{.mask = mask,
+                                .heads_and_batch = heads_and_batch,
+                                .heads = mask.cell_heads,
+                                .rows = mask.stride_row == 0 ? 1 : p.seqlen_q,
+                                .cols = mask.stride_col == 0 ? 1 : p.seqlen_k};
+    condense_mask<<<blocks(heads_and_batch * mask.cell_rows * mask.cell_cols), kCellThreads, 0,
+                    stream>>>(params);
+  }
+  for (const Segments& segments : {p.q_segments, p.kv_segments}) {
+    if (segments.data == nullptr) continue;
+    condense_segments<<<blocks(segments.batch.size * segments.cells()), kCellThreads, 0, stream>>>(
+        segments);
+  }
+  return status_of(cudaGetLastError(), "condensing masks and segments");
+}
+
 template <class Params>
 Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arithmetic,
-                       bool running_max, Params params, int rows, int64_t heads_and_batch) {
+                       bool unbounded, Params params, int rows, int64_t heads_and_batch) {
   const Problem& p = params.problem;
-  const Instance* instance = find_instance(direction, arithmetic, running_max, p.head_dim);
+  const Instance* instance = find_instance(direction, arithmetic, unbounded, p.head_dim);
   const std::string what = std::string("cosine_attn_") + name(direction) + " " + name(arithmetic) +
                            " H=" + std::to_string(p.head_dim);
   if (instance == nullptr) return {what + ": no kernel"};
@@ -120,8 +150,11 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
   // launch/sm80_fwd_bfloat16*.cu say why.
   using BoundedHat = std::conditional_t<std::is_same_v<T, float>, float, __half>;
   const Problem& p = call.problem;
-  const auto normalize = call.running_max ? normalize_qk<T, T> : normalize_qk<T, BoundedHat>;
-  Status status = normalize(stream, p, call.q, call.k, call.q_hat, call.k_hat, nullptr, nullptr);
+  Status status = condense(stream, p);
+  if (!status.ok()) return status;
+  const auto normalize = call.unbounded ? normalize_qk<T, T> : normalize_qk<T, BoundedHat>;
+  status = normalize(stream, p, !call.unbounded, call.q, call.k, call.q_hat, call.k_hat, nullptr,
+                     nullptr);
   if (!status.ok()) return status;
   Rows v = call.v;
   if (p.head_dim % 8 != 0) {
@@ -138,16 +171,19 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
                          .out = call.out,
                          .lse = call.lse,
                          .lse_low = call.lse_low,
-                         .shift = call.shift};
-  return launch_instance(stream, Direction::kForward, call.arithmetic, call.running_max, params,
+                         .shift = call.shift,
+                         .shift_log2 = call.shift * kLog2e};
+  return launch_instance(stream, Direction::kForward, call.arithmetic, call.unbounded, params,
                          p.seqlen_q, int64_t(p.num_heads) * p.batch);
 }
 
 template <typename T>
 Status backward(cudaStream_t stream, const BackwardCall& call) {
   const Problem& p = call.problem;
-  Status status = normalize_qk<T, T>(stream, p, call.q, call.k, call.q_hat, call.k_hat,
-                                     call.q_inverse_norm, call.k_inverse_norm);
+  Status status = condense(stream, p);
+  if (!status.ok()) return status;
+  status = normalize_qk<T, T>(stream, p, !call.unbounded, call.q, call.k, call.q_hat, call.k_hat,
+                              call.q_inverse_norm, call.k_inverse_norm);
   if (!status.ok()) return status;
 
   Rows v = call.v, dout = call.dout;
@@ -168,6 +204,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                           .lse = call.lse,
                           .lse_low = call.lse_low,
                           .dlse = call.dlse,
+                          .log2_units = !call.unbounded,
                           .stats = call.stats};
   status = launch_rows<delta_rows<T, 4>, delta_rows<T, 8>, delta_rows<T, 16>, delta_rows<T, 32>>(
       stream, "delta_rows", delta, p.batch, p.num_heads, call.stats.seqlen_padded);
@@ -178,6 +215,14 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
       (in_double ? sizeof(double) : sizeof(float)) * p.batch * p.num_heads * size_t(p.seqlen_q) * p.head_dim_padded;
   status = status_of(cudaMemsetAsync(call.dq_accum, 0, accum_bytes, stream), "clearing dq_accum");
   if (!status.ok()) return status;
+  const std::pair<const BiasGradient*, int64_t> biases[] = {
+      {&call.dbias, call.dbias_size}, {&call.drelative_bias, call.drelative_bias_size}};
+  for (const auto& [gradient, size] : biases) {
+    if (gradient->data == nullptr) continue;
+    status = status_of(cudaMemsetAsync(gradient->data, 0, sizeof(float) * size, stream),
+                       "clearing the gradient of a bias");
+    if (!status.ok()) return status;
+  }
   if (call.dscale != nullptr) {
     const size_t bytes = sizeof(float) * call.dscale_batch * p.num_heads;
     status = status_of(cudaMemsetAsync(call.dscale, 0, bytes, stream), "clearing dscale");
@@ -198,9 +243,11 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                          .dq_accum = call.dq_accum,
                          .row_sums = call.dscale == nullptr ? nullptr : call.row_sums,
                          .dk = call.dk,
-                         .dv = call.dv};
-  status = launch_instance(stream, Direction::kBackward, call.arithmetic, false, params, p.seqlen_k,
-                           int64_t(p.num_heads_kv) * p.batch);
+                         .dv = call.dv,
+                         .dbias = call.dbias,
+                         .drelative_bias = call.drelative_bias};
+  status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
+                           p.seqlen_k, int64_t(p.num_heads_kv) * p.batch);
   if (!status.ok()) return status;
 
   const DqParams dq{.problem = p,
@@ -209,6 +256,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                     .stats = call.stats,
                     .dq_accum = call.dq_accum,
                     .row_sums = call.row_sums,
+                    .log2_units = !call.unbounded,
                     .dlse = call.dlse,
                     .dq = call.dq,
                     .dscale = call.dscale,

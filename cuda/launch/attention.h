@@ -19,14 +19,14 @@ struct Status {
 struct ForwardCall {
   Problem problem;
   Arithmetic arithmetic;
-  float shift;                    // c of P = exp2(S - c), log2 units
+  float shift;                    // c of P = exp(S - c); unused where unbounded
   Rows q, k, v;                   // raw
   Rows q_hat, k_hat;              // scratch [B, N, T, Hp], [Bk, K, S, Hp]
   Rows v_padded;                  // scratch [Bv, K, S, Hp]; used when H is not a multiple of 8
   Rows out;
   float* lse;
   float* lse_low;
-  bool running_max;
+  bool unbounded;                 // Instance::unbounded
 };
 Status launch_forward(cudaStream_t stream, const ForwardCall& call);
 
@@ -47,6 +47,9 @@ struct BackwardCall {
   Rows dq, dk, dv;
   float* dscale;                  // [dscale_batch, N] or null
   int dscale_batch;
+  BiasGradient dbias, drelative_bias;
+  int64_t dbias_size, drelative_bias_size;
+  bool unbounded;
 };
 Status launch_backward(cudaStream_t stream, const BackwardCall& call);
 

@@ -1,5 +1,5 @@
-// The rows of the launch table: one per direction, arithmetic and, forward, kind of maximum, each from
-// a source file of its own.
+// The rows of the launch table, one per direction, arithmetic and bound, each from a source file of its
+// own.
 #pragma once
 
 #include <array>
@@ -15,13 +15,17 @@ InstanceRow sm80_fwd_float16();
 InstanceRow sm80_fwd_bfloat16();
 InstanceRow sm80_fwd_tf32();
 InstanceRow sm80_fwd_3xtf32();
-InstanceRow sm80_fwd_float16_running_max();
-InstanceRow sm80_fwd_bfloat16_running_max();
-InstanceRow sm80_fwd_tf32_running_max();
-InstanceRow sm80_fwd_3xtf32_running_max();
+InstanceRow sm80_fwd_float16_unbounded();
+InstanceRow sm80_fwd_bfloat16_unbounded();
+InstanceRow sm80_fwd_tf32_unbounded();
+InstanceRow sm80_fwd_3xtf32_unbounded();
 InstanceRow sm80_bwd_float16();
 InstanceRow sm80_bwd_bfloat16();
 InstanceRow sm80_bwd_tf32();
 InstanceRow sm80_bwd_3xtf32();
+InstanceRow sm80_bwd_float16_unbounded();
+InstanceRow sm80_bwd_bfloat16_unbounded();
+InstanceRow sm80_bwd_tf32_unbounded();
+InstanceRow sm80_bwd_3xtf32_unbounded();
 
 }  // namespace jca

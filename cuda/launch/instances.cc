@@ -29,9 +29,11 @@ std::span<const Instance> instances() {
     std::vector<Instance> rows;
     for (const InstanceRow& row :
          {sm80_fwd_float16(), sm80_fwd_bfloat16(), sm80_fwd_tf32(), sm80_fwd_3xtf32(),
-          sm80_fwd_float16_running_max(), sm80_fwd_bfloat16_running_max(),
-          sm80_fwd_tf32_running_max(), sm80_fwd_3xtf32_running_max(),
-          sm80_bwd_float16(), sm80_bwd_bfloat16(), sm80_bwd_tf32(), sm80_bwd_3xtf32()}) {
+          sm80_fwd_float16_unbounded(), sm80_fwd_bfloat16_unbounded(),
+          sm80_fwd_tf32_unbounded(), sm80_fwd_3xtf32_unbounded(),
+          sm80_bwd_float16(), sm80_bwd_bfloat16(), sm80_bwd_tf32(), sm80_bwd_3xtf32(),
+          sm80_bwd_float16_unbounded(), sm80_bwd_bfloat16_unbounded(),
+          sm80_bwd_tf32_unbounded(), sm80_bwd_3xtf32_unbounded()}) {
       rows.insert(rows.end(), row.begin(), row.end());
     }
     return rows;
@@ -39,11 +41,11 @@ std::span<const Instance> instances() {
   return table;
 }
 
-const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool running_max,
+const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
                               int head_dim) {
   for (const Instance& instance : instances()) {
     if (instance.direction == direction && instance.arithmetic == arithmetic &&
-        instance.running_max == running_max && instance.head_dim >= head_dim) {
+        instance.unbounded == unbounded && instance.head_dim >= head_dim) {
       return &instance;
     }
   }

@@ -16,7 +16,7 @@ inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
 struct Instance {
   Direction direction;
   Arithmetic arithmetic;
-  bool running_max;  // forward: for logits without a small bound; backward: never
+  bool unbounded;  // takes biases; forward: keeps a running maximum
   int head_dim;  // the largest H it takes
   const void* kernel;
   int threads;
@@ -27,11 +27,11 @@ struct Instance {
 const char* name(Direction direction);
 const char* name(Arithmetic arithmetic);
 
-// All of them, in the order direction, running_max, arithmetic, head_dim.
+// All of them, in the order direction, unbounded, arithmetic, head_dim.
 std::span<const Instance> instances();
 
 // The smallest instance that holds head_dim; null when there is none.
-const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool running_max,
+const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
                               int head_dim);
 
 }  // namespace jca

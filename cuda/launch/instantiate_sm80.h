@@ -1,5 +1,5 @@
 // Builds the rows of the launch table for one arithmetic; included by the sm80_*.cu files alone, one
-// per (direction, arithmetic) so that they compile side by side.
+// per row so that they compile side by side.
 #pragma once
 
 #include "kernels/sm80/bwd.h"
@@ -12,7 +12,7 @@ template <class Tile>
 Instance fwd_instance(Arithmetic arithmetic) {
   return {Direction::kForward,
           arithmetic,
-          Tile::kRunningMax,
+          Tile::kUnbounded,
           Tile::kHeadDim,
           reinterpret_cast<const void*>(&sm80::cosine_attn_fwd_sm80<Tile>),
           Tile::kThreads,
@@ -25,7 +25,7 @@ template <class Tile>
 Instance bwd_instance(Arithmetic arithmetic) {
   return {Direction::kBackward,
           arithmetic,
-          false,
+          Tile::kUnbounded,
           Tile::kHeadDim,
           reinterpret_cast<const void*>(&sm80::cosine_attn_bwd_sm80<Tile>),
           Tile::kThreads,
@@ -34,23 +34,26 @@ Instance bwd_instance(Arithmetic arithmetic) {
           Tile::kBlockN};
 }
 
-template <class OpS, class OpV, bool kRunningMax>
+template <class OpS, class OpV, bool kUnbounded>
 InstanceRow fwd_row(Arithmetic arithmetic) {
   using sm80::FwdTile;
-  return {fwd_instance<FwdTile<OpS, OpV, 32, kRunningMax>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 64, kRunningMax>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 96, kRunningMax>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 128, kRunningMax>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 192, kRunningMax>>(arithmetic),
-          fwd_instance<FwdTile<OpS, OpV, 256, kRunningMax>>(arithmetic)};
+  return {fwd_instance<FwdTile<OpS, OpV, 32, kUnbounded>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 64, kUnbounded>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 96, kUnbounded>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 128, kUnbounded>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 192, kUnbounded>>(arithmetic),
+          fwd_instance<FwdTile<OpS, OpV, 256, kUnbounded>>(arithmetic)};
 }
 
-template <class Op>
+template <class Op, bool kUnbounded>
 InstanceRow bwd_row(Arithmetic arithmetic) {
   using sm80::BwdTile;
-  return {bwd_instance<BwdTile<Op, 32>>(arithmetic),  bwd_instance<BwdTile<Op, 64>>(arithmetic),
-          bwd_instance<BwdTile<Op, 96>>(arithmetic),  bwd_instance<BwdTile<Op, 128>>(arithmetic),
-          bwd_instance<BwdTile<Op, 192>>(arithmetic), bwd_instance<BwdTile<Op, 256>>(arithmetic)};
+  return {bwd_instance<BwdTile<Op, 32, kUnbounded>>(arithmetic),
+          bwd_instance<BwdTile<Op, 64, kUnbounded>>(arithmetic),
+          bwd_instance<BwdTile<Op, 96, kUnbounded>>(arithmetic),
+          bwd_instance<BwdTile<Op, 128, kUnbounded>>(arithmetic),
+          bwd_instance<BwdTile<Op, 192, kUnbounded>>(arithmetic),
+          bwd_instance<BwdTile<Op, 256, kUnbounded>>(arithmetic)};
 }
 
 }  // namespace jca

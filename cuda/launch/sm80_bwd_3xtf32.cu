@@ -2,6 +2,8 @@
 
 namespace jca {
 
-InstanceRow sm80_bwd_3xtf32() { return bwd_row<sm80::Tf32<true>>(Arithmetic::kThreeTf32); }
+InstanceRow sm80_bwd_3xtf32() {
+  return bwd_row<sm80::Tf32<true>, false>(Arithmetic::kThreeTf32);
+}
 
 }  // namespace jca

@@ -2,6 +2,8 @@
 
 namespace jca {
 
-InstanceRow sm80_bwd_float16() { return bwd_row<sm80::Half16<__half>>(Arithmetic::kFloat16); }
+InstanceRow sm80_bwd_float16() {
+  return bwd_row<sm80::Half16<__half>, false>(Arithmetic::kFloat16);
+}
 
 }  // namespace jca

@@ -2,6 +2,8 @@
 
 namespace jca {
 
-InstanceRow sm80_bwd_tf32() { return bwd_row<sm80::Tf32<false>>(Arithmetic::kTf32); }
+InstanceRow sm80_bwd_tf32() {
+  return bwd_row<sm80::Tf32<false>, false>(Arithmetic::kTf32);
+}
 
 }  // namespace jca

@@ -2,7 +2,7 @@
 //
 // One CTA owns kBlockN keys of one kv head and walks over the query blocks of every query head of its
 // group, so that dk and dv stay in registers whatever the grouping; dq leaves as float32 reductions.
-// With S in log2 units (q^ carries scale * log2 e):
+// With S in log2 units (q^ carries scale * log2 e; without a bound scale alone, S in natural units):
 //   P = exp2(S - lse), dP = dO v^T, dS = P (dP - delta)
 //   dv = P^T dO, dk^ = ln2 dS^T q^ (so scale comes in per query head), dq^ / scale = dS k^
 // The norm's backward turns dk^ into dk in the epilogue; finish_dq does the same for q.
@@ -10,22 +10,24 @@
 
 #include <cfloat>
 
+#include "kernels/bias.h"
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
 #include "kernels/visible.h"
 
 namespace jca::sm80 {
 
-// 8 warps, split kWarps*M by 8 / kWarps*M over each product. Blocks and stages: what 163 KB of shared
+// kUnbounded: with biases, logits in natural units. 8 warps, split kWarps*M by 8 / kWarps*M over each product. Blocks and stages: what 163 KB of shared
 // memory (sm_80) and 255 registers allow.
-template <class Op_, int kHeadDim_>
+template <class Op_, int kHeadDim_, bool kUnbounded_>
 struct BwdTile {
+  static constexpr bool kUnbounded = kUnbounded_;
   using Op = Op_;
   static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsFloat = sizeof(typename Op::T) == 4;
-  // Half an ulp of lse is far below the rounding of 16-bit weights.
-  static constexpr bool kExactLse = kIsFloat;
+  // Half an ulp of a bounded lse is far below the rounding of 16-bit weights.
+  static constexpr bool kExactLse = kIsFloat || kUnbounded;
   static constexpr int kBlockM = !kIsFloat || kHeadDim <= 96 ? 64 : 32;
   static constexpr int kBlockN = kIsFloat ? (kHeadDim <= 128 ? 64 : 32) : (kHeadDim <= 128 ? 128 : 64);
   static constexpr int kStages = (kHeadDim == 256 || (kIsFloat && kHeadDim == 96)) ? 1 : 2;
@@ -38,12 +40,12 @@ struct BwdTile {
   using TileQ = SmemTile<typename Op::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename Op::T, kBlockN, kHeadDim>;
   using TileP = SmemTile<typename Op::T, kBlockM, kBlockN>;
-  // sK sV | sQ sdO a stage | sP sdS | row stats a stage | live keys; the dk epilogue reuses the front.
+  // sK sV | sQ sdO a stage | sP sdS | row stats a stage; the dk epilogue reuses the front.
   static constexpr int kStatsBytes = kRowStats * kBlockM * sizeof(float);
-  static constexpr int kSmemBytes = 2 * TileK::kBytes + kStages * (2 * TileQ::kBytes + kStatsBytes) +
-                                    2 * TileP::kBytes + kBlockN;
+  static constexpr int kSmemBytes =
+      2 * TileK::kBytes + kStages * (2 * TileQ::kBytes + kStatsBytes) + 2 * TileP::kBytes;
   static constexpr int kDkPitch = kHeadDim + 4;  // floats
-  static_assert(kBlockN * kDkPitch * int(sizeof(float)) <= kSmemBytes - kBlockN);
+  static_assert(kBlockN * kDkPitch * int(sizeof(float)) <= kSmemBytes);
 };
 
 // This warp's block of a product over [kRows, kCols] split kWarpsM by 8 / kWarpsM.
@@ -55,6 +57,37 @@ struct WarpBlock {
   __device__ WarpBlock()
       : m0(int(threadIdx.x) / 32 % kWarpsM * kM * 16), n0(int(threadIdx.x) / 32 / kWarpsM * kN * 8) {}
 };
+
+// Dead keys may hold NaN, and 0 * NaN is NaN: those of the tiles that hold any become zeros. Whether such
+// a key is dead is looked up pair by pair.
+template <int kThreads, class Tile>
+__device__ inline void clear_dead_keys(const Tile& k, const Tile& v, const Problem& p,
+                                       const Visible& visible, int head, int group, int n0) {
+  if (!__syncthreads_or(copied_nonfinite<kThreads>(k) || copied_nonfinite<kThreads>(v))) return;
+  __shared__ bool sSuspect[Tile::kRows];
+  for (int r = threadIdx.x; r < Tile::kRows; r += kThreads) sSuspect[r] = false;
+  __syncthreads();
+  for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols; i += kThreads) {
+    const int r = i / Tile::kCols, c = i % Tile::kCols;
+    const float x = static_cast<float>(*k.at(r, c)) * 0.f + static_cast<float>(*v.at(r, c)) * 0.f;
+    if (x != 0.f) sSuspect[r] = true;
+  }
+  __syncthreads();
+  for (int r = 0; r < Tile::kRows; ++r) {
+    if (!sSuspect[r]) continue;
+    bool seen = false;
+    for (int h = head; h < head + group; ++h) {
+      for (int i = threadIdx.x; i < visible.seqlen_q && !seen; i += kThreads) {
+        seen = is_allowed(p, visible, h, i, n0 + r);
+      }
+    }
+    if (__syncthreads_or(seen)) continue;
+    for (int c = threadIdx.x; c < Tile::kCols; c += kThreads) {
+      *k.at(r, c) = *v.at(r, c) = typename Tile::T(0.f);
+    }
+  }
+  __syncthreads();
+}
 
 // Grid: x = key blocks * K * B, the key block running fastest.
 template <class Tile>
@@ -68,7 +101,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   const int blocks_n = (p.seqlen_k + kBlockN - 1) / kBlockN;
   const int n0 = blockIdx.x % blocks_n * kBlockN;
   const int head_kv = blockIdx.x / blocks_n % p.num_heads_kv;
-  const int64_t b = blockIdx.x / blocks_n / p.num_heads_kv;
+  const int b = blockIdx.x / blocks_n / p.num_heads_kv;
   const int group = p.num_heads / p.num_heads_kv;
   const int lane = threadIdx.x % 32;
 
@@ -85,7 +118,6 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   const typename Tile::TileP sP{reinterpret_cast<T*>(take(Tile::TileP::kBytes))};
   const typename Tile::TileP sdS{reinterpret_cast<T*>(take(Tile::TileP::kBytes))};
   float* sStats = reinterpret_cast<float*>(take(kStages * Tile::kStatsBytes));
-  bool* sLive = reinterpret_cast<bool*>(take(kBlockN));
 
   const auto stage_q = [&](int stage) {
     return typename Tile::TileQ{reinterpret_cast<T*>(stages + stage * 2 * Tile::TileQ::kBytes)};
@@ -94,29 +126,15 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
     return typename Tile::TileQ{reinterpret_cast<T*>(stages + (stage * 2 + 1) * Tile::TileQ::kBytes)};
   };
 
-  const Visible visible(p, b);
-  const int m_first = visible.q_begin(n0) / kBlockM;
-  const int m_count = max(0, (visible.seqlen_q + kBlockM - 1) / kBlockM - m_first);
-  const int steps = group * m_count;
-  const auto head_of = [&](int step) { return head_kv * group + step / m_count; };
-  const auto m0_of = [&](int step) { return (m_first + step % m_count) * kBlockM; };
-
-  // A key is dead when no query head of its group may see it; it may hold NaN, and enters as zeros.
-  for (int r = threadIdx.x; r < kBlockN; r += kThreads) {
-    bool live = false;
-    for (int h = 0; h < group && steps > 0 && n0 + r < visible.seqlen_k; ++h) {
-      const uint8_t* mask = p.key_mask.row(b, head_kv * group + h);
-      live = live || mask == nullptr || mask[n0 + r];
-    }
-    sLive[r] = live;
-  }
-  __syncthreads();
+  __shared__ Visible visible;
+  __shared__ BlockWindow windows[Tile::kWarps];
+  BlockWindow& window = windows[threadIdx.x / 32];
+  Visible::init(visible, p, b);
 
   // Head 0 of q^ and dO; the heads of the group follow at their strides.
   const auto gQ = params.q_hat.head<const T>(b, 0);
   const auto gdO = params.dout.head<const T>(b, 0);
-  const auto load_stage = [&](int step) {
-    const int stage = step % kStages, head = head_of(step), m0 = m0_of(step);
+  const auto load_stage = [&](int stage, int head, int m0) {
     const auto load = [&](const auto& tile, const auto& rows, int64_t stride_head) {
       load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
         const bool valid = m0 + r < visible.seqlen_q;
@@ -130,7 +148,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
       const int stat = threadIdx.x / (kBlockM / 4), r = threadIdx.x % (kBlockM / 4) * 4;
       ptx::cp_async_16(
           ptx::smem_address(sStats + (stage * kRowStats + stat) * kBlockM + r),
-          params.stats.row(b * p.num_heads + head, RowStat(stat)) + m0 + r, true);
+          params.stats.row(int64_t(b) * p.num_heads + head, RowStat(stat)) + m0 + r, true);
     }
     ptx::cp_async_commit();
   };
@@ -139,19 +157,39 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   constexpr int kMK = decltype(at_dk)::kM, kNK = decltype(at_dk)::kN;
   float rdK[kMK][kNK][4] = {}, rdV[kMK][kNK][4] = {};
 
-  if (steps > 0) {
-    const auto load = [&](const auto& tile, const auto& rows) {
-      load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
-        return SourceRow{rows.row(sLive[r] ? n0 + r : 0), sLive[r]};
-      });
-    };
-    load(sK, params.k_hat.head<const T>(b, head_kv));
-    load(sV, params.v.head<const T>(b, head_kv));
-    load_stage(0);
+  const auto load_keys = [&](const auto& tile, const auto& rows) {
+    load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
+      const bool valid = n0 + r < visible.seqlen_k;
+      return SourceRow{rows.row(valid ? n0 + r : 0), valid};
+    });
+  };
+  // A step is one block of query rows of one query head; m_block -1 after the last one.
+  int head = head_kv * group;
+  const auto end_m = [&] { return (visible.q_end(n0, n0 + kBlockN) + kBlockM - 1) / kBlockM; };
+  const auto kind_of = [&](int m_block) {
+    return visible.block(p, head, m_block * kBlockM, (m_block + 1) * kBlockM, n0, n0 + kBlockN);
+  };
+  const auto seek = [&] {
+    int m_block;
+    do {
+      m_block = window.seek(visible.q_begin(n0) / kBlockM, end_m(), kind_of);
+    } while (m_block < 0 && ++head < (head_kv + 1) * group);
+    return m_block;
+  };
+  int m_block = seek();
+  if (m_block >= 0) {
+    load_keys(sK, params.k_hat.head<const T>(b, head_kv));
+    load_keys(sV, params.v.head<const T>(b, head_kv));
+    load_stage(0, head, m_block * kBlockM);
+    if (may_leave_dead_keys(p)) {
+      ptx::cp_async_wait<0>();
+      clear_dead_keys<kThreads>(sK, sV, p, visible, head_kv * group, group, n0);
+    }
   }
 
-  for (int step = 0; step < steps; ++step) {
-    const int stage = step % kStages, head = head_of(step), m0 = m0_of(step);
+  for (int stage = 0; m_block >= 0; stage = (stage + 1) % kStages) {
+    const int m0 = m_block * kBlockM, this_head = head;
+    const bool all_allowed = window.is_all(m_block);
     const float* sLse = sStats + stage * kRowStats * kBlockM;
     const float* sLseLow = sLse + kLseLow * kBlockM;
     const float* sDelta = sLse + kDelta * kBlockM;
@@ -172,7 +210,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
       }
       __syncthreads();
     }
-    if (kStages == 2 && step + 1 < steps) load_stage(step + 1);
+    m_block = window.next(m_block, end_m(), kind_of);
+    if (m_block < 0 && ++head < (head_kv + 1) * group) m_block = seek();
+    if (kStages == 2 && m_block >= 0) load_stage(1 - stage, head, m_block * kBlockM);
 
     {
       const WarpBlock<kBlockM, kBlockN, Tile::kWarpsSM, Tile::kWarps> at;
@@ -180,9 +220,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
       float rP[kM][kN][4] = {}, rdP[kM][kN][4] = {};
       warp_gemm<Op, false, false>(rP, sQ, at.m0, sK, at.n0);
 
-      const uint8_t* key_mask = p.key_mask.row(b, head);
-      const bool all_allowed =
-          key_mask == nullptr && visible.all_allowed(m0, m0 + kBlockM, n0, n0 + kBlockN);
+      const FragmentAt pairs(m0 + at.m0, n0 + at.n0);
+      if constexpr (Tile::kUnbounded) add_biases(rP, p, visible, this_head, pairs);
+      if (!all_allowed) hide(rP, p, visible, this_head, pairs);
       // Visits this thread's pairs of neighbouring elements: row and column in the tile.
       const auto for_each_pair = [&](auto f) {
 #pragma unroll
@@ -194,18 +234,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
               f(m, n, half * 2, at.m0 + m * 16 + lane / 4 + half * 8,
                 at.n0 + n * 8 + 2 * (lane % 4));
       };
-      if (!all_allowed) {
-        for_each_pair([&](int m, int n, int e, int r, int c) {
-#pragma unroll
-          for (int x = 0; x < 2; ++x) {
-            if (!visible.allowed(m0 + r, n0 + c + x) || (key_mask && !key_mask[n0 + c + x])) {
-              rP[m][n][e + x] = -INFINITY;
-            }
-          }
-        });
-      }
       const auto weight = [&](float s, int r) {
-        return ptx::ex2(Tile::kExactLse ? s - sLse[r] - sLseLow[r] : s - sLse[r]);
+        const float x = Tile::kExactLse ? s - sLse[r] - sLseLow[r] : s - sLse[r];
+        return ptx::ex2(Tile::kUnbounded ? x * kLog2e : x);
       };
       // This thread's share of the sums of P S and dS over rows lane / 4 and lane / 4 + 8.
       float rPS[kM][2] = {}, rSumdS[kM][2] = {};
@@ -224,10 +255,20 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
         Op::store2(sP.at(r, c), rP[m][n][e], rP[m][n][e + 1]);
       });
       warp_gemm<Op, false, false>(rdP, sdO, at.m0, sV, at.n0);
+      float (&rdS)[kM][kN][4] = rdP;
+      for_each_pair([&](int m, int n, int e, int r, int c) {
+        rdS[m][n][e] = rP[m][n][e] * (rdP[m][n][e] - sDelta[r]);
+        rdS[m][n][e + 1] = rP[m][n][e + 1] * (rdP[m][n][e + 1] - sDelta[r]);
+        Op::store2(sdS.at(r, c), rdS[m][n][e], rdS[m][n][e + 1]);
+      });
+      if constexpr (Tile::kUnbounded) {
+        if (params.dbias.data != nullptr) {
+          add_to_dbias(params.dbias, rdS, visible, this_head, pairs);
+        }
+      }
       if (params.row_sums != nullptr) {
         for_each_pair([&](int m, int n, int e, int r, int c) {
-          rSumdS[m][e / 2] += rP[m][n][e] * (rdP[m][n][e] - sDelta[r]) +
-                              rP[m][n][e + 1] * (rdP[m][n][e + 1] - sDelta[r]);
+          rSumdS[m][e / 2] += rdS[m][n][e] + rdS[m][n][e + 1];
         });
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
@@ -240,18 +281,19 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
               rPS[m][half] += __shfl_xor_sync(0xffffffff, rPS[m][half], d);
             }
             if (lane % 4 == 0 && i < visible.seqlen_q) {
-              float2* sums = params.row_sums + (b * p.num_heads + head) * p.seqlen_q + i;
+              float2* sums = params.row_sums + (int64_t(b) * p.num_heads + this_head) * p.seqlen_q + i;
               ptx::red_add_x2(&sums->x, rSumdS[m][half], rPS[m][half]);
             }
           }
         }
       }
-      for_each_pair([&](int m, int n, int e, int r, int c) {
-        Op::store2(sdS.at(r, c), rP[m][n][e] * (rdP[m][n][e] - sDelta[r]),
-                   rP[m][n][e + 1] * (rdP[m][n][e + 1] - sDelta[r]));
-      });
     }
     __syncthreads();  // P and dS are complete
+    if constexpr (Tile::kUnbounded) {
+      if (params.drelative_bias.data != nullptr) {
+        add_to_drelative_bias(params.drelative_bias, sdS, p, visible, this_head, m0, n0);
+      }
+    }
 
     warp_gemm<Op, true, true>(rdV, sP, at_dk.m0, sdO, at_dk.n0);
     warp_gemm<Op, true, true>(rdK, sdS, at_dk.m0, sQ, at_dk.n0);
@@ -261,7 +303,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
       // 32 columns at a time: dk and dv already hold half of the registers at H = 128 and 256.
       constexpr int kPart = kN % 4 == 0 ? 4 : kN;
       using Accum = typename Op::Accum;
-      Accum* dq = static_cast<Accum*>(params.dq_accum) + (b * p.num_heads + head) * p.seqlen_q * int64_t(p.head_dim_padded);
+      Accum* dq = static_cast<Accum*>(params.dq_accum) + (int64_t(b) * p.num_heads + this_head) * p.seqlen_q * int64_t(p.head_dim_padded);
 #pragma unroll 1
       for (int n1 = at.n0; n1 < at.n0 + kN * 8; n1 += kPart * 8) {
         float rdQ[kM][kPart][4] = {};
@@ -284,9 +326,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
         }
       }
     }
-    if (kStages == 1 && step + 1 < steps) {
+    if (kStages == 1 && m_block >= 0) {
       __syncthreads();  // every warp is done with the only stage
-      load_stage(step + 1);
+      load_stage(0, head, m_block * kBlockM);
     }
   }
 
@@ -321,13 +363,16 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   for (int r0 = 0; r0 < kBlockN; r0 += kThreads / kLanes) {
     const int r = r0 + int(threadIdx.x) / kLanes;
     const bool valid = r < kBlockN && n0 + r < p.seqlen_k;
-    const bool live = valid && sLive[r];
     const int row = valid ? n0 + r : 0;
-    float a[L::kElems], k[L::kElems];
+    constexpr float unit = Tile::kUnbounded ? 1.f : kLn2;  // q^ carries log2 e
+    float a[L::kElems], k[L::kElems], magnitude = 0.f;
 #pragma unroll
     for (int e = 0; e < L::kElems; ++e) {
-      a[e] = live && L::first() + e < kHeadDim ? sdK[r * Tile::kDkPitch + L::first() + e] * kLn2 : 0.f;
+      a[e] = valid && L::first() + e < kHeadDim ? sdK[r * Tile::kDkPitch + L::first() + e] * unit : 0.f;
+      magnitude += fabsf(a[e]);
     }
+    // A dead key may hold NaN; its gradient, and that of no other key but by accident, is zero here.
+    const bool live = L::sum(magnitude) != 0.f;
     L::load(k, gK.row(row), p.head_dim, live);
     L::norm_backward(a, k, params.k_inverse_norm + (norm_row + row) * p.groups, p.groups, p.head_dim,
                      p.l2norm);

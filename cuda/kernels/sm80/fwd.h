@@ -1,10 +1,11 @@
 // Forward of the portable family (sm_80 on: mma.sync, ldmatrix, cp.async).
 //
-// Rows of q^ and k^ have unit norm (per group), so |S| <= bound in log2 units up to rounding, and
-// exp2(S - c) with a constant c neither overflows nor loses a row: rO and rL are plain sums over key
-// blocks. Where the bound is too large for that, or there is none, c is the row's running maximum.
+// Rows of q^ and k^ have unit norm (per group), so |S| <= bound up to rounding, and exp(S - c) with a
+// constant c neither overflows nor loses a row: rO and rL are plain sums over key blocks. Where the bound
+// is too large for that, or a bias leaves none, c is the row's running maximum.
 #pragma once
 
+#include "kernels/bias.h"
 #include "kernels/sm80/tile.h"
 #include "kernels/visible.h"
 
@@ -13,9 +14,9 @@ namespace jca::sm80 {
 // 128 query rows. 4 warps of 32 rows read each key fragment for two products, and two or three such CTAs
 // share an SM (kernels/NOTES.md); where 32 rows of accumulators leave no registers it is 8 warps of 16.
 // kBlockN: what 163 KB of shared memory (sm_80) and the registers allow.
-template <class OpS_, class OpV_, int kHeadDim_, bool kRunningMax_>
+template <class OpS_, class OpV_, int kHeadDim_, bool kUnbounded_>
 struct FwdTile {
-  static constexpr bool kRunningMax = kRunningMax_;
+  static constexpr bool kUnbounded = kUnbounded_;
   using OpS = OpS_;  // arithmetic of q^ k^T
   using OpV = OpV_;  // arithmetic of P v
   static constexpr int kHeadDim = kHeadDim_;
@@ -28,23 +29,47 @@ struct FwdTile {
                   : kHeadDim <= 192 ? 32
                                     : 16)
                : (kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256 ? 32 : 64);
-  static constexpr int kMinBlocks = kM == 2 ? (kHeadDim <= 64 && !kRunningMax ? 3 : 2) : 1;
+  static constexpr int kMinBlocks = kM == 2 ? (kHeadDim <= 64 && !kUnbounded ? 3 : 2) : 1;
   using TileQ = SmemTile<typename OpS::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename OpS::T, kBlockN, kHeadDim>;
   using TileV = SmemTile<typename OpV::T, kBlockN, kHeadDim>;
   static constexpr int kSmemBytes = TileQ::kBytes + TileK::kBytes + TileV::kBytes;
 };
 
-// log(l * 2^c) as a float32, and what rounding took from it: the backward's weights are exp(S - lse), and
+// c + log(l) as a float32, and what rounding took from it: the backward's weights are exp(S - lse), and
 // half an ulp of lse shows in a whole row of them. Two-sum: Knuth, TAOCP 2, 4.2.2.
 struct SplitLog {
   float high, low;
 };
 __device__ inline SplitLog log_of_sum(float l, float c) {
-  const float log_l = logf(l), shift = c * kLn2;
-  const float high = shift + log_l, from_log = high - shift;
-  const float low = (shift - (high - from_log)) + (log_l - from_log);
-  return {high, low + fmaf(c, kLn2, -shift) + c * kLn2Low + (l * expf(-log_l) - 1.f)};
+  const float log_l = logf(l);
+  const float high = c + log_l, from_log = high - c;
+  const float low = (c - (high - from_log)) + (log_l - from_log);
+  return {high, low + (l * expf(-log_l) - 1.f)};
+}
+
+// Zero rows in v for the keys of the block to which no row of the CTA gives a weight: they may be dead and
+// hold NaN, and 0 * NaN is NaN.
+template <int kThreads, class Tile, int kM, int kN>
+__device__ inline void clear_unseen_keys(const Tile& v, const float (&weights)[kM][kN][4]) {
+  __shared__ bool seen[Tile::kRows];
+  for (int j = threadIdx.x; j < Tile::kRows; j += kThreads) seen[j] = false;
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      float sum = 0.f;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) sum += weights[m][n][x] + weights[m][n][2 + x];
+      if (sum != 0.f) seen[n * 8 + 2 * (threadIdx.x % 4) + x] = true;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols; i += kThreads) {
+    if (!seen[i / Tile::kCols]) *v.at(i / Tile::kCols, i % Tile::kCols) = typename Tile::T(0.f);
+  }
+  __syncthreads();
 }
 
 // Grid: x = query blocks * N * B, the query block running fastest and from the last one down, so that
@@ -63,79 +88,70 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const int blocks_m = (p.seqlen_q + kBlockM - 1) / kBlockM;
   const int m_block = blocks_m - 1 - blockIdx.x % blocks_m;
   const int head = blockIdx.x / blocks_m % p.num_heads;
-  const int64_t b = blockIdx.x / blocks_m / p.num_heads;
+  const int b = blockIdx.x / blocks_m / p.num_heads;
   const int head_kv = head / (p.num_heads / p.num_heads_kv);
   const int m0 = m_block * kBlockM;
   const int warp_m0 = int(threadIdx.x) / 32 * kM * 16, lane = threadIdx.x % 32;
 
   extern __shared__ __align__(128) char smem[];
+  __shared__ BlockWindow windows[kThreads / 32];
+  BlockWindow& window = windows[threadIdx.x / 32];
   const typename Tile::TileQ sQ{reinterpret_cast<TS*>(smem)};
   const typename Tile::TileK sK{reinterpret_cast<TS*>(smem + Tile::TileQ::kBytes)};
   const typename Tile::TileV sV{
       reinterpret_cast<TV*>(smem + Tile::TileQ::kBytes + Tile::TileK::kBytes)};
 
-  const Visible visible(p, b);
-  const uint8_t* key_mask = p.key_mask.row(b, head);
-  const int blocks_n = (visible.k_end(m0, m0 + kBlockM) + kBlockN - 1) / kBlockN;
-
+  __shared__ Visible visible;
+  Visible::init(visible, p, b);
   const auto gQ = params.q_hat.head<const TS>(b, head);
   const auto gK = params.k_hat.head<const TS>(b, head_kv);
   const auto gV = params.v.head<const TV>(b, head_kv);
   const auto gO = params.out.head<TV>(b, head);
-  // Dead keys may hold NaN, and 0 * NaN is NaN: they enter as zero rows.
   const auto load_keys = [&](const auto& tile, const auto& rows, int n0) {
     load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
-      const int j = n0 + r;
-      const bool live = j < visible.seqlen_k && (key_mask == nullptr || key_mask[j]);
-      return SourceRow{rows.row(live ? j : 0), live};
+      const bool valid = n0 + r < visible.seqlen_k;
+      return SourceRow{rows.row(valid ? n0 + r : 0), valid};
     });
     ptx::cp_async_commit();
+  };
+  const auto end_n = [&] { return (visible.k_end(m0, m0 + kBlockM) + kBlockN - 1) / kBlockN; };
+  const auto kind_of = [&](int n_block) {
+    return visible.block(p, head, m0, m0 + kBlockM, n_block * kBlockN, (n_block + 1) * kBlockN);
   };
 
   float rO[kM][kNV][4] = {};
   float rL[kM][2] = {};  // this thread's share of the sums of rows lane / 4 and lane / 4 + 8
-  float rC[kM][2];       // c of these rows
+  float rM[kM][2];       // their running maxima, c of P = exp(S - c) without a bound
 #pragma unroll
-  for (int m = 0; m < kM; ++m) rC[m][0] = rC[m][1] = Tile::kRunningMax ? -INFINITY : params.shift;
+  for (int m = 0; m < kM; ++m) rM[m][0] = rM[m][1] = -INFINITY;
 
-  if (blocks_n > 0) {
+  int n_block = window.seek(visible.k_begin(m0) / kBlockN, end_n(), kind_of);
+  if (n_block >= 0) {
     load_tile_async<kThreads>(sQ, p.head_dim_padded, [&](int r) {
-      const bool live = m0 + r < visible.seqlen_q;
-      return SourceRow{gQ.row(live ? m0 + r : 0), live};
+      const bool valid = m0 + r < visible.seqlen_q;
+      return SourceRow{gQ.row(valid ? m0 + r : 0), valid};
     });
-    load_keys(sK, gK, (blocks_n - 1) * kBlockN);
+    load_keys(sK, gK, n_block * kBlockN);
   }
-  for (int n_block = blocks_n - 1; n_block >= 0; --n_block) {
+  while (n_block >= 0) {
     const int n0 = n_block * kBlockN;
     ptx::cp_async_wait<0>();
-    __syncthreads();  // K(n) has arrived; V(n + 1) has been read by every warp
+    __syncthreads();  // this K has arrived; the last V has been read by every warp
     load_keys(sV, gV, n0);
 
-    float rS[kM][kN][4] = {};  // [16 kM, kBlockN] logits in log2 units
+    float rS[kM][kN][4] = {};  // [16 kM, kBlockN] logits
     warp_gemm<OpS, false, false>(rS, sQ, warp_m0, sK, 0);
+    const FragmentAt at(m0 + warp_m0, n0);
+    if constexpr (Tile::kUnbounded) add_biases(rS, p, visible, head, at);
+    const bool all = window.is_all(n_block);
+    if (!all) hide(rS, p, visible, head, at);
 
-    const bool all_allowed =
-        key_mask == nullptr && visible.all_allowed(m0, m0 + kBlockM, n0, n0 + kBlockN);
-    if (!all_allowed) {
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int n = 0; n < kN; ++n) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            const int i = m0 + warp_m0 + m * 16 + lane / 4 + (e / 2) * 8;
-            const int j = n0 + n * 8 + 2 * (lane % 4) + e % 2;
-            if (!visible.allowed(i, j) || (key_mask && !key_mask[j])) rS[m][n][e] = -INFINITY;
-          }
-        }
-      }
-    }
-    if constexpr (Tile::kRunningMax) {
+    if constexpr (Tile::kUnbounded) {
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float top = rC[m][half];
+          float top = rM[m][half];
 #pragma unroll
           for (int n = 0; n < kN; ++n) {
             top = fmaxf(top, fmaxf(rS[m][n][half * 2], rS[m][n][half * 2 + 1]));
@@ -143,8 +159,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
           top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 1));
           top = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
           // A row that has seen no key yet: -inf - -inf would be NaN.
-          const float scale = top == -INFINITY ? 0.f : ptx::ex2(rC[m][half] - top);
-          rC[m][half] = top;
+          const float scale = top == -INFINITY ? 0.f : ptx::ex2((rM[m][half] - top) * kLog2e);
+          rM[m][half] = top;
           rL[m][half] *= scale;
 #pragma unroll
           for (int n = 0; n < kNV; ++n) {
@@ -156,21 +172,25 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     }
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
-      const float c[2] = {rC[m][0] == -INFINITY ? 0.f : rC[m][0],
-                          rC[m][1] == -INFINITY ? 0.f : rC[m][1]};
+      const float c[2] = {rM[m][0] == -INFINITY ? 0.f : rM[m][0],
+                          rM[m][1] == -INFINITY ? 0.f : rM[m][1]};
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          rS[m][n][e] = ptx::ex2(rS[m][n][e] - c[e / 2]);
+          rS[m][n][e] = ptx::ex2(Tile::kUnbounded ? (rS[m][n][e] - c[e / 2]) * kLog2e
+                                                  : rS[m][n][e] - params.shift_log2);
           rL[m][e / 2] += rS[m][n][e];
         }
       }
     }
 
+    n_block = window.next(n_block, end_n(), kind_of);
     ptx::cp_async_wait<0>();
-    __syncthreads();  // V(n) has arrived; K(n) has been read by every warp
-    if (n_block > 0) load_keys(sK, gK, n0 - kBlockN);
+    const bool suspect = !all && may_leave_dead_keys(p) && copied_nonfinite<kThreads>(sV);
+    // V has arrived; K has been read by every warp.
+    if (__syncthreads_or(suspect)) clear_unseen_keys<kThreads>(sV, rS);
+    if (n_block >= 0) load_keys(sK, gK, n_block * kBlockN);
     warp_gemm_accum<OpV>(rO, rS, sV);
   }
 
@@ -185,8 +205,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       if (i >= p.seqlen_q) continue;
       const bool live = l > 0.f;
       if (lane % 4 == 0) {
-        const SplitLog lse = live ? log_of_sum(l, rC[m][half]) : SplitLog{-INFINITY, 0.f};
-        const int64_t at = (b * p.num_heads + head) * p.seqlen_q + i;
+        const SplitLog lse = live ? log_of_sum(l, Tile::kUnbounded ? rM[m][half] : params.shift) : SplitLog{-INFINITY, 0.f};
+        const int64_t at = (int64_t(b) * p.num_heads + head) * p.seqlen_q + i;
         params.lse[at] = lse.high;
         params.lse_low[at] = lse.low;
       }

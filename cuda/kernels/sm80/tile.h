@@ -283,4 +283,26 @@ __device__ inline void load_tile_async(const Tile& tile, int cols, Source source
   }
 }
 
+// Whether the part of a tile that this thread has copied holds inf or NaN.
+template <int kThreads, class Tile>
+__device__ inline bool copied_nonfinite(const Tile& tile) {
+  using T = typename Tile::T;
+  constexpr bool kIsFloat = sizeof(T) == 4;
+  using Pair = std::conditional_t<kIsFloat, float2,
+                                  std::conditional_t<std::is_same_v<T, __half>, __half2, __nv_bfloat162>>;
+  float sum = 0.f;  // of zeros, or NaN
+  for (unsigned i = threadIdx.x; i < Tile::kRows * Tile::kChunks; i += kThreads) {
+    const Pair* pairs = reinterpret_cast<const Pair*>(tile.chunk(i / Tile::kChunks, i % Tile::kChunks));
+    if constexpr (kIsFloat) {
+      for (int j = 0; j < 2; ++j) sum += pairs[j].x * 0.f + pairs[j].y * 0.f;
+    } else {
+      const T zero(0.f);
+      Pair chunk{zero, zero};
+      for (int j = 0; j < 4; ++j) chunk = __hfma2(pairs[j], Pair{zero, zero}, chunk);
+      sum += static_cast<float>(chunk.x) + static_cast<float>(chunk.y);
+    }
+  }
+  return sum != 0.f;
+}
+
 }  // namespace jca::sm80

@@ -2,7 +2,7 @@
 
 namespace jca {
 
-InstanceRow sm80_fwd_tf32_running_max() {
+InstanceRow sm80_fwd_tf32_unbounded() {
   using namespace sm80;
   return fwd_row<Tf32<false>, Tf32<false>, true>(Arithmetic::kTf32);
 }

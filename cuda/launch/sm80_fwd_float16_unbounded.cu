@@ -2,7 +2,7 @@
 
 namespace jca {
 
-InstanceRow sm80_fwd_float16_running_max() {
+InstanceRow sm80_fwd_float16_unbounded() {
   using namespace sm80;
   return fwd_row<Half16<__half>, Half16<__half>, true>(Arithmetic::kFloat16);
 }

@@ -2,7 +2,7 @@
 
 namespace jca {
 
-InstanceRow sm80_fwd_3xtf32_running_max() {
+InstanceRow sm80_fwd_3xtf32_unbounded() {
   using namespace sm80;
   return fwd_row<Tf32<true>, Tf32<true>, true>(Arithmetic::kThreeTf32);
 }

@@ -1,0 +1,9 @@
+#include "launch/instantiate_sm80.h"
+
+namespace jca {
+
+InstanceRow sm80_bwd_bfloat16_unbounded() {
+  return bwd_row<sm80::Half16<__nv_bfloat16>, true>(Arithmetic::kBfloat16);
+}
+
+}  // namespace jca
