@@ -20,49 +20,71 @@ ARITHMETIC = {
 }
 
 
-def calls(head_dim: int):
-    """(shapes and options) that reach every branch: whole rows, then ragged ones with masking."""
-    yield "plain", dict(t=64, s=64, n=1, k=1, h=head_dim), {}
+def calls(instance: dict):
+    """(name, shapes, options, differentiable options) that reach every branch: whole blocks, then
+    ragged ones with masking by position, then what is data."""
+    head_dim = instance["head_dim"]
+    yield "plain", dict(t=64, s=64, n=1, k=1, h=head_dim), {}, {}
     lengths = np.array([60, 1], np.int32)
-    mask = np.arange(131) % 3 != 1
+    key_mask = np.arange(131) % 3 != 1
+    ragged = dict(t=67, s=131, n=4, k=2, h=head_dim - 3)
     options = {
         "is_causal": True,
-        "mask": mask[None, None, None],
+        "mask": key_mask[None, None, None],
         "query_seq_lengths": lengths,
         "key_value_seq_lengths": lengths + 70,
     }
-    yield "ragged", dict(t=67, s=131, n=4, k=2, h=head_dim - 3), options
+    yield "ragged", ragged, options, {}
+    rng = np.random.default_rng(1)
+    options = {
+        "mask": rng.random((2, 1, 67, 131)) < 0.7,
+        "segment_ids": tuple(
+            np.sort(rng.integers(0, 2, (2, x)).astype(np.int32)) for x in (67, 131)
+        ),
+        "local_window_size": (40, 30),
+    }
+    biases = {}
+    if instance["unbounded"]:
+        biases = {
+            "bias": rng.standard_normal((4, 67, 131)).astype(np.float32),
+            "relative_bias": rng.standard_normal((4, 67 + 131 - 1)).astype(np.float32),
+        }
+    yield "data", ragged, options, biases
+    if instance["unbounded"]:
+        for shape in ((131,), (67, 1), (1, 1)):
+            yield f"bias {shape}", ragged, {}, {"bias": np.ones(shape, np.float16)}
 
 
 def run(instance: dict) -> None:
     dtype, precision = ARITHMETIC[instance["arithmetic"]]
-    for name, size, options in calls(instance["head_dim"]):
+    for name, size, options, differentiable in calls(instance):
         rng = np.random.default_rng(0)
         batch = 2
         q = rng.standard_normal((batch, size["t"], size["n"], size["h"]))
         k, v = rng.standard_normal((2, batch, size["s"], size["k"], size["h"]))
-        scale = np.full(size["n"], 8.0, np.float32)
         # Without a bound the forward keeps a running maximum.
         bound = None if instance["unbounded"] else 8.0
+        differentiable = differentiable | {"scale": np.full(size["n"], 8.0, np.float32)}
 
-        def attend(q, k, v, scale, bound=bound, options=options):
+        def attend(q, k, v, differentiable, bound=bound, options=options):
             return jax_cosine_attn.cosine_attention(
-                q, k, v, scale=scale, scale_bound=bound, precision=precision,
-                implementation="cuda", return_residual=True, **options,
+                q, k, v, **differentiable, **options, scale_bound=bound, precision=precision,
+                implementation="cuda", return_residual=True,
             )  # fmt: skip
 
         def loss(*args, attend=attend):
             out, lse = attend(*args)
             return out.astype(jnp.float32).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
 
-        args = (*(jnp.asarray(x, dtype) for x in (q, k, v)), scale)
+        args = (*(jnp.asarray(x, dtype) for x in (q, k, v)), differentiable)
         if instance["direction"] == "fwd":
             results = jax.jit(attend)(*args)[0]
         else:
             results = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
         for result in jax.tree.leaves(results):
             assert np.isfinite(np.asarray(result, np.float32)).all(), (instance, name)
-        print(instance["direction"], instance["arithmetic"], instance["head_dim"], name, flush=True)
+        of = (instance[x] for x in ("direction", "arithmetic", "unbounded", "head_dim"))
+        print(*of, name, flush=True)
 
 
 if __name__ == "__main__":

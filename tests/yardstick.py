@@ -170,8 +170,8 @@ def check(implementation: str, inputs: dict[str, np.ndarray], **options: Any) ->
         *measured(implementation, (query, *poisoned), differentiable, arrays, dout, dlse, static)
     )
 
-    with_scale = {"scale": np.asarray(options["scale"], ours["lse"].dtype)} | differentiable
-    # The clamp of scale_bound is the library's; where it acts the oracle alone is the judge.
+    scale, bound = np.asarray(options["scale"], ours["lse"].dtype), options.get("scale_bound")
+    with_scale = differentiable | {"scale": scale if bound is None else scale.clip(-bound, bound)}
     cleaned_dout = np.where(dead_rows[..., None], 0, inputs["dout"]).astype(inputs["dout"].dtype)
     cleaned_dlse = np.where(dead_rows, 0, inputs["dlse"]).astype(inputs["dlse"].dtype)
     yard = named(
@@ -181,6 +181,7 @@ def check(implementation: str, inputs: dict[str, np.ndarray], **options: Any) ->
             groups=options.get("l2norm_groups", 1), l2norm_qk=options.get("l2norm_qk", True),
         )
     )  # fmt: skip
+    yard["dscale"] = np.where(scale == with_scale["scale"], yard["dscale"], 0)
 
     assert not ours["out"][dead_rows].any(), "out of dead rows"
     assert np.array_equal(np.isneginf(ours["lse"]), dead_rows), "lse of dead rows"

@@ -185,7 +185,7 @@ struct BwdParams {
   const float* k_inverse_norm;  // [Bk, K, S, groups]
   RowStats stats;
   void* dq_accum;  // [B, N, T, Hp] of Op::Accum, zeroed: dS k^, without scale
-  // [B, N, T] pairs, zeroed, or null: sums over keys of dS and of P S, for dscale.
+  // [B, N, T] pairs, zeroed, or null: sums over keys of dS and of P S, S without biases, for dscale.
   float2* row_sums;
   Rows dk, dv;      // [B, S, K, H]
   BiasGradient dbias, drelative_bias;

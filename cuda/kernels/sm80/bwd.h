@@ -8,8 +8,6 @@
 // The norm's backward turns dk^ into dk in the epilogue; finish_dq does the same for q.
 #pragma once
 
-#include <cfloat>
-
 #include "kernels/bias.h"
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
@@ -238,14 +236,17 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
         const float x = Tile::kExactLse ? s - sLse[r] - sLseLow[r] : s - sLse[r];
         return ptx::ex2(Tile::kUnbounded ? x * kLog2e : x);
       };
-      // This thread's share of the sums of P S and dS over rows lane / 4 and lane / 4 + 8.
+      // This thread's share of the sums of P S, S without biases, and of dS over rows lane / 4 and
+      // lane / 4 + 8.
       float rPS[kM][2] = {}, rSumdS[kM][2] = {};
       if (params.row_sums != nullptr) {
+        float rBias[kM][kN][4] = {};
+        if constexpr (Tile::kUnbounded) add_biases(rBias, p, visible, this_head, pairs);
         for_each_pair([&](int m, int n, int e, int r, int c) {
 #pragma unroll
           for (int x = 0; x < 2; ++x) {
-            const float s = rP[m][n][e + x];
-            rPS[m][e / 2] += weight(s, r) * fmaxf(s, -FLT_MAX);  // 0 * -inf is NaN
+            const float s = rP[m][n][e + x], w = weight(s, r);
+            if (w != 0.f) rPS[m][e / 2] += w * (s - rBias[m][n][e + x]);
           }
         });
       }
