@@ -172,7 +172,7 @@ __device__ inline void hide(float (&s)[kM][kN][4], const Problem& p, const Visib
   for (int m = 0; m < kM; ++m) {
     // A rolled loop over bits: loads for all elements at once would take their registers.
     unsigned hidden = 0;
-#pragma unroll 4
+#pragma unroll 1
     for (int bit = 0; bit < kN * 4; ++bit) {
       const int i = min(at.row_of(m, bit % 4), last_i), j = min(at.col_of(bit / 4, bit % 4), last_j);
       bool forbidden = false;

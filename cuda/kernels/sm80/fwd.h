@@ -25,10 +25,7 @@ struct FwdTile {
   static constexpr int kBlockM = 128;
   static constexpr int kThreads = kBlockM / (16 * kM) * 32;
   static constexpr int kBlockN =
-      kIsFloat ? (kHeadDim <= 128   ? 64
-                  : kHeadDim <= 192 ? 32
-                                    : 16)
-               : (kHeadDim == 64 || kHeadDim == 128 || kHeadDim == 256 ? 32 : 64);
+      kIsFloat ? (kHeadDim <= 128 ? 64 : 16) : (kHeadDim == 192 ? 64 : 32);
   static constexpr int kMinBlocks = kM == 2 ? (kHeadDim <= 64 && !kUnbounded ? 3 : 2) : 1;
   using TileQ = SmemTile<typename OpS::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename OpS::T, kBlockN, kHeadDim>;
@@ -187,9 +184,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 
     n_block = window.next(n_block, end_n(), kind_of);
     ptx::cp_async_wait<0>();
-    const bool suspect = !all && may_leave_dead_keys(p) && copied_nonfinite<kThreads>(sV);
-    // V has arrived; K has been read by every warp.
-    if (__syncthreads_or(suspect)) clear_unseen_keys<kThreads>(sV, rS);
+    if (all || !may_leave_dead_keys(p)) {
+      __syncthreads();  // V has arrived; K has been read by every warp
+    } else if (__syncthreads_or(copied_nonfinite<kThreads>(sV))) {
+      clear_unseen_keys<kThreads>(sV, rS);
+    }
     if (n_block >= 0) load_keys(sK, gK, n_block * kBlockN);
     warp_gemm_accum<OpV>(rO, rS, sV);
   }
