@@ -24,7 +24,7 @@ PY := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda cmake -type f 2>/dev/null)
 SANITIZER ?= compute-sanitizer
 
-.PHONY: demo test test-smoke test-full test-gpu bench-gpu sanitize lint train clean \
+.PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features sanitize lint train clean \
         benchmark benchmark_causal benchmark_forward benchmark_backward \
         benchmark_forward_causal benchmark_backward_causal
 
@@ -66,6 +66,9 @@ bench-gpu: $(DEV)
 	            --json $(RESULTS)/$$name.json || exit 1; \
 	    done; \
 	done
+
+bench-features: $(DEV)
+	$(PY) benchmarks/bench_features.py --commit $(COMMIT) --json $(RESULTS)/features.json
 
 benchmark: $(DEV)
 	$(BENCH)

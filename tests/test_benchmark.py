@@ -3,6 +3,7 @@
 import json
 
 import bench_attention
+import bench_features
 import pytest
 import timing
 from shapes import PRESETS, Shape
@@ -116,3 +117,16 @@ def test_span_counts_overlaps_once_and_gaps_in_full():
 def test_calls_that_the_trace_tells_apart_badly_are_refused(kernels):
     with pytest.raises(timing.TraceError, match="calls of a"):
         timing.spans([(0.0, "a"), (10 * MS, "a")], kernels)
+
+
+def test_features_beside_plain_calls(tmp_path, capsys, monkeypatch):
+    some = bench_features.comparisons(64)[::4]  # padding, packed documents, relative bias
+    monkeypatch.setattr(bench_features, "comparisons", lambda tokens: some)
+    file = tmp_path / "features.json"
+    bench_features.main(["--num-times", "1", "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [row["direction"] for row in rows] == ["fwd", "bwd"] * len(some)
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["ms"] / row["against_ms"])
+        assert row["family"] and row["clock"].startswith(("wall", "device span"))
+    assert "packed documents" in capsys.readouterr().out

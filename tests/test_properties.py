@@ -19,7 +19,7 @@ import numpy as np
 import oracle
 import pytest
 from hypothesis import strategies as st
-from yardstick import check, make_inputs, measured, split
+from yardstick import NearMiss, check, make_inputs, measured
 
 from jax_cosine_attn import _blockwise, why_not
 
@@ -36,8 +36,6 @@ for profile, examples in (("ci", 16), ("gpu", 24)):
     )
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 BUCKETS = {"ci": 24, "gpu": 100}[PROFILE]
-
-F32, F16, BF16 = (np.dtype(x) for x in (jnp.float32, jnp.float16, jnp.bfloat16))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -134,7 +132,7 @@ def draws(bucket: Bucket) -> st.SearchStrategy[Draw]:
     """The first of each choice is the plain one, which failures shrink to."""
     b, n = bucket.sizes["b"], bucket.sizes["n"]
     # float16 has no room for the gradients of smaller or larger rows.
-    magnitudes = [1.0, 1e3, 1e-2] if bucket.dtype == "float16" else [1.0, 1e30, 1e-4]
+    magnitudes = [1.0, 1e3, 1e-2] if bucket.dtype == "float16" else [1.0, 1e20, 1e-4]
     # Beyond 1 the bound clamps.
     factors = [1.0, 0.0, -1.0] + ([1.5, -1.5] if "scale_bound" in bucket.static else [])
     return st.builds(
@@ -155,11 +153,12 @@ def draws(bucket: Bucket) -> st.SearchStrategy[Draw]:
     )
 
 
-def call(bucket: Bucket, draw: Draw) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """(inputs, options) of `check`."""
+def call(bucket: Bucket, draw: Draw, attempt: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(inputs, options) of `check`; attempts differ in the numbers that query, key, value and the
+    cotangents hold, in nothing else."""
     dtype = jnp.dtype(bucket.dtype)
-    inputs = make_inputs(dtype, **bucket.sizes, seed=draw.seed, magnitude=draw.magnitude)
-    # The cotangents of out and lse weigh alike: their sum may not be all rounding.
+    inputs = make_inputs(dtype, **bucket.sizes, seed=[draw.seed, attempt], magnitude=draw.magnitude)
+    # As much smaller as the values are larger: what dout and dlse add to the gradient weighs alike.
     inputs["dout"] = (inputs["dout"] / draw.magnitude).astype(dtype)
     rng = np.random.default_rng(draw.seed)
     for name in ("query", "key"):
@@ -187,12 +186,21 @@ def call(bucket: Bucket, draw: Draw) -> tuple[dict[str, np.ndarray], dict[str, A
         raise ValueError(name)
 
     arrays = {
-        name: operand(name, shape).astype(jnp.dtype(of)) for name, (shape, of) in bucket.arrays.items()
+        name: operand(name, shape).astype(jnp.dtype(of))
+        for name, (shape, of) in bucket.arrays.items()
     }
     if "segment_ids" in arrays:
         pair = np.split(arrays["segment_ids"], [bucket.sizes["t"]], axis=1)
         arrays["segment_ids"] = tuple(np.sort(x) if draw.sorted_segments else x for x in pair)
-    return inputs, bucket.static | arrays
+    options = bucket.static | arrays
+    if "bias" in arrays:
+        # What all of its pairs are ruled out for otherwise, no one may read.
+        others = {name: x for name, x in options.items() if "bias" not in name}
+        allowed = oracle.attention(
+            *(inputs[x] for x in ("query", "key", "value")), **others
+        ).allowed
+        arrays["bias"][oracle.summed_to(allowed.astype(int), arrays["bias"].shape) == 0] = np.nan
+    return inputs, options
 
 
 @pytest.mark.parametrize("number", range(BUCKETS))
@@ -205,7 +213,72 @@ def test_contract(implementation, number):
     @hypothesis.given(draws(compiled_for))
     def holds(draw):
         hypothesis.note(str(compiled_for))
-        inputs, options = call(compiled_for, draw)
-        check(implementation, inputs, **options)
+        # The plain formula is exact by luck now and then, for a few live rows: not three times.
+        for attempt in range(3):
+            inputs, options = call(compiled_for, draw, attempt)
+            try:
+                return check(implementation, inputs, **options)
+            except NearMiss:
+                if attempt == 2:
+                    raise
 
     holds()
+
+
+# On a GPU alone.
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("t, s, h", [(1, 300, 64), (70, 130, 20), (300, 200, 128), (65, 65, 256)])
+def test_every_element_is_written(t, s, h, dtype, with_bias):
+    """Where nothing is to be computed too: the memory that the results get is full of NaN."""
+    rng = np.random.default_rng(1)
+    inputs = make_inputs(jnp.dtype(dtype), b=3, t=t, s=s, n=4, k=2, h=h)
+    options = {
+        "scale": np.array([8, -2, 0, 10], np.float32),
+        "scale_bound": 10.0,
+        "is_causal": True,
+        "mask": rng.random((3, 1, 1, s)) < 0.7,
+        "query_seq_lengths": np.array([t, t // 2, t], np.int32),
+        "key_value_seq_lengths": np.array([s // 2, s, 0], np.int32),
+    }
+    if with_bias:
+        options["bias"] = rng.standard_normal((3, 4, t, s)).astype(np.float32)
+        options["relative_bias"] = rng.standard_normal((4, t + s - 1)).astype(np.float32)
+    check("cuda", inputs, **options)  # compiles
+    leave_nan_in_freed_memory()
+    check("cuda", inputs, **options)
+
+
+def leave_nan_in_freed_memory() -> None:
+    """All bits set are NaN in every float format. Largest first and all held at once, the arrays
+    fill whatever holes the allocator has, so that the next ones are cut from them."""
+    held = [jnp.full(1 << i, 255, jnp.uint8) for i in range(26, 7, -1) for _ in range(8)]
+    jax.block_until_ready(held)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("h", [64, 128])
+def test_results_repeat_bitwise(h, dtype):
+    inputs = make_inputs(jnp.dtype(dtype), t=300, s=500, n=4, k=1, h=h)
+    tensors = tuple(inputs[x] for x in ("query", "key", "value"))
+    scale = np.array([8, -2, 0, 10], np.float32)
+    options = {"scale_bound": 10.0, "is_causal": True, "deterministic": True}
+    options["deterministic"] = why_not("cuda", *tensors, scale=scale, **options) is None
+
+    def results() -> list[np.ndarray]:
+        out, lse, *gradients = measured(
+            "cuda", tensors, {"scale": scale}, {}, inputs["dout"], inputs["dlse"],
+            tuple(options.items()),
+        )  # fmt: skip
+        # Otherwise gradients are sums in whatever order the blocks come.
+        compared = (out, lse, gradients) if options["deterministic"] else (out, lse)
+        return [np.asarray(x).view(np.uint8) for x in jax.tree.leaves(compared)]
+
+    first = results()
+    for _ in range(19):
+        for x, wanted in zip(results(), first, strict=True):
+            np.testing.assert_array_equal(x, wanted)
