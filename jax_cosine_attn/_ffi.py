@@ -20,6 +20,7 @@ import numpy as np
 from jax_cosine_attn._config import Config, Operands, shapes
 
 _MAX_HEAD_DIM = 256
+_LEAST_COMPUTE_CAPABILITY = (8, 0)  # mma.sync of bfloat16 and tf32, cp.async
 _LONGEST_QUERY_BLOCK = 128  # per-row numbers are padded to a multiple of every block
 _ROW_STATS = 3  # RowStat in cuda/kernels/params.h
 # A side of a window that rules nothing out, and the cells that masks and segments are condensed
@@ -59,6 +60,18 @@ def build_problem() -> str | None:
     return _load()[1]
 
 
+@functools.cache
+def _device_problem() -> str | None:
+    """Why the kernels cannot run on this process's GPUs; None without one: lowering needs none."""
+    if jax.default_backend() != "gpu":
+        return None
+    lowest = min((d.compute_capability for d in jax.local_devices()), key=_release)
+    if _release(lowest) >= _LEAST_COMPUTE_CAPABILITY:
+        return None
+    least = ".".join(map(str, _LEAST_COMPUTE_CAPABILITY))
+    return f"the CUDA kernels need compute capability {least}, the GPU has {lowest}"
+
+
 def has_cuda_kernels() -> bool:
     """Whether this installation has CUDA kernels. A GPU is not asked for."""
     return build_problem() is None
@@ -87,7 +100,7 @@ def show_config() -> dict[str, dict[str, Any]]:
 def why_not_cuda(ops: Operands, config: Config) -> str | None:
     """Why the kernels cannot do this call, or None; reads shapes and dtypes only."""
     head_dim = shapes(ops, config)[-1]
-    problem = build_problem()
+    problem = build_problem() or _device_problem()
     if problem is not None:
         return problem
     if ops.q.dtype == jnp.float64:

@@ -1,6 +1,7 @@
 """What a call compiles to for CUDA, from any machine: no GPU and no compiled kernels needed."""
 
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -313,6 +314,18 @@ def test_xla_flags_ask_for_deterministic_kernels(kernels, monkeypatch):
     ]:
         monkeypatch.setenv("XLA_FLAGS", flags)
         assert (why_not("cuda", q, k, v) is not None) is deterministic, flags
+
+
+@pytest.mark.parametrize(
+    ("capability", "supported"), [("7.5", False), ("8.0", True), ("12.0", True)]
+)
+def test_old_gpus(kernels, monkeypatch, capability, supported):
+    device = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(_ffi, "_device_problem", _ffi._device_problem.__wrapped__)
+    reason = None if supported else "the CUDA kernels need compute capability 8.0, the GPU has 7.5"
+    assert why_not("cuda", *arrays()) == reason
 
 
 def test_why_not_names_the_build(no_kernels):
