@@ -272,8 +272,11 @@ template <int kThreads, class Tile, class Source>
 __device__ inline void load_tile_async(const Tile& tile, int cols, Source source) {
   // A thread keeps its column where the thread count allows.
   constexpr bool kFixedColumn = kThreads % Tile::kChunks == 0;
-#pragma unroll 2
-  for (unsigned i = threadIdx.x; i < Tile::kRows * Tile::kChunks; i += kThreads) {
+  constexpr int kAll = Tile::kRows * Tile::kChunks;
+#pragma unroll 4
+  for (int step = 0; step < (kAll + kThreads - 1) / kThreads; ++step) {
+    const unsigned i = threadIdx.x + step * kThreads;
+    if (kAll % kThreads != 0 && i >= kAll) break;
     const int row = i / Tile::kChunks;
     const int chunk = (kFixedColumn ? threadIdx.x : i) % Tile::kChunks;
     const auto from = source(row);
