@@ -26,10 +26,6 @@ ARRAYS = (
 DIFFERENTIABLE = ("scale", "bias", "relative_bias")
 
 
-class NearMiss(AssertionError):
-    """An error beyond its limit, but not by so much that rounding cannot be the cause."""
-
-
 def make_inputs(dtype, *, b=2, t=63, s=127, n=2, k=None, h=16, seed=0, magnitude=1.0):
     """{query, key, value, dout, dlse}: normal deviates of `dtype`, the first three times magnitude.
 
@@ -220,8 +216,7 @@ def compare(name: str, x: np.ndarray, yard: np.ndarray, exact: np.ndarray, dtype
     for norm in (np.max, lambda y: np.sqrt(np.mean(y * y))):
         limit = 2 * norm(allowed) + 4 * ulp * norm(np.abs(exact))
         kind = "maximum" if norm is np.max else "rms"
-        if not norm(error) <= limit:
-            raise (NearMiss if norm(error) <= 4 * limit else AssertionError)(
-                f"{name}: {kind} error {norm(error):.3g}, at most {limit:.3g} "
-                f"(plain formula {norm(allowed):.3g}, largest value {np.abs(exact).max():.3g})"
-            )
+        assert norm(error) <= limit, (
+            f"{name}: {kind} error {norm(error):.3g}, at most {limit:.3g} "
+            f"(plain formula {norm(allowed):.3g}, largest value {np.abs(exact).max():.3g})"
+        )
