@@ -135,6 +135,7 @@ struct NormParams {
   Rows hat;             // [batch, heads, L, Hp], zeros past H
   float* inverse_norm;  // [batch, heads, L, groups], 0 for zero rows; may be null
   bool l2norm;
+  uint32_t* arrivals = nullptr;  // DecodeParams::arrivals, to be zeroed on the way; or null
 };
 
 struct FwdParams {
@@ -148,6 +149,20 @@ struct FwdParams {
   float* lse;         // [B, N, T] natural log
   float* lse_low;     // [B, N, T] what rounding took from lse
   float shift, shift_log2;  // c of P = exp(S - c), and times log2 e; unused with a running maximum
+};
+
+constexpr int kMinSplitKeys = 256;  // fewer are not worth a CTA of their own
+
+struct DecodeParams {
+  Problem problem;
+  Rows q_hat;               // [B, N, T, H] unit rows times scale and log2 e
+  Rows k, v, out;           // raw
+  float* lse;               // as in FwdParams
+  float* lse_low;
+  float shift, shift_log2;
+  int splits;               // CTAs of a (batch, kv head)
+  float* partials;          // [B, K, splits, N / K * T, H + 4]
+  uint32_t* arrivals;       // [B, K], zeroed: splits that are done
 };
 
 // Rows of one (batch, head) in the per-row numbers of the backward, float32 [B, N, kRowStats, Tp].

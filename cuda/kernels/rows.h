@@ -194,6 +194,10 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
     }
   }
   if (valid) L::store(params.hat.head<THat>(at.b, at.head).row(at.row), x, p.head_dim_padded);
+  // There are at least N blocks for each batch entry.
+  if (params.arrivals != nullptr && threadIdx.x == 0 && blockIdx.x < p.batch * p.num_heads_kv) {
+    params.arrivals[blockIdx.x] = 0;
+  }
 }
 
 // delta = rowsum(dO * O) - dlse and lse, laid out for the backward's tiles. Whatever a dead row of dO or

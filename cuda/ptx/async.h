@@ -26,6 +26,11 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Waits for `threads` threads, whole warps; memory as with __syncthreads. Barrier 0 is __syncthreads.
+__device__ inline void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 // Two adjacent reductions in L2; of float32 one instruction from sm_90 on ("red", .v2).
 __device__ inline void red_add_x2(float* gmem, float x, float y) {
 #if __CUDA_ARCH__ >= 900

@@ -44,6 +44,7 @@ struct Half16 {  // float16 or bfloat16, m16n8k16
   using T = T_;
   using Accum = float;  // of sums across CTAs
   static constexpr int kK = 16;
+  static constexpr bool kSquaresOverflow = std::is_same_v<T, __nv_bfloat16>;  // float32
   struct A {
     uint32_t r[4];
   };
@@ -106,6 +107,14 @@ struct Half16 {  // float16 or bfloat16, m16n8k16
       r = reinterpret_cast<const uint32_t&>(h);
     }
     return r;
+  }
+
+  __device__ static float2 unpack(uint32_t r) {
+    if constexpr (std::is_same_v<T, __half>) {
+      return __half22float2(reinterpret_cast<const __half2&>(r));
+    } else {
+      return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(r));
+    }
   }
 
   __device__ static void store2(T* p, float x, float y) {
@@ -267,18 +276,19 @@ struct SourceRow {
 };
 
 // Fills a tile by cp.async, 16 bytes a thread and step: row r comes from source(r), columns from `cols`
-// on are zeros. Source rows are 16-byte aligned and `cols` is a multiple of 8.
+// on are zeros. Source rows are 16-byte aligned and `cols` is a multiple of 8. `thread` is one of kThreads.
 template <int kThreads, class Tile, class Source>
-__device__ inline void load_tile_async(const Tile& tile, int cols, Source source) {
+__device__ inline void load_tile_async(const Tile& tile, int cols, Source source,
+                                       unsigned thread = threadIdx.x) {
   // A thread keeps its column where the thread count allows.
   constexpr bool kFixedColumn = kThreads % Tile::kChunks == 0;
   constexpr int kAll = Tile::kRows * Tile::kChunks;
 #pragma unroll 4
   for (int step = 0; step < (kAll + kThreads - 1) / kThreads; ++step) {
-    const unsigned i = threadIdx.x + step * kThreads;
+    const unsigned i = thread + step * kThreads;
     if (kAll % kThreads != 0 && i >= kAll) break;
     const int row = i / Tile::kChunks;
-    const int chunk = (kFixedColumn ? threadIdx.x : i) % Tile::kChunks;
+    const int chunk = (kFixedColumn ? thread : i) % Tile::kChunks;
     const auto from = source(row);
     const int col = chunk * Tile::kChunk;
     const bool valid = from.valid && col < cols;

@@ -1,0 +1,364 @@
+// Decode of the portable family: few query rows against many keys, bound by the bytes of k and v.
+//
+// The query heads of one kv head are packed into one tile of rows, so each key and value is read once, as
+// it lies in memory: a key's norm is taken from the tile that the product needs anyway. CTAs split the
+// keys. Logits are bounded, P = exp(S - c) has the same constant c everywhere, and so partial results are
+// plain sums: the last CTA of a (batch, kv head) adds them up, in a fixed order, and divides.
+#pragma once
+
+#include "kernels/sm80/fwd.h"
+
+namespace jca::sm80 {
+
+// Packed row r is query r % T of head r / T of the kv head: the order in which q^ and lse have them.
+//
+// A team of kTeamWarps warps, 16 rows each, streams keys through a pipeline of its own; the teams of a CTA
+// share its keys out, and meet once, when they add up. A team of one needs no barrier at all.
+template <class Op_, int kHeadDim_, int kTeamWarps_>
+struct DecodeTile {
+  using Op = Op_;
+  static constexpr int kHeadDim = kHeadDim_, kTeamWarps = kTeamWarps_;
+  static constexpr int kBlockM = 16 * kTeamWarps;
+  static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;  // keys of a stage, of all teams
+  static constexpr int kWarps = kTeamWarps > kBlockN / 16 ? kTeamWarps : kBlockN / 16;
+  static constexpr int kTeams = kWarps / kTeamWarps;
+  static constexpr int kTeamKeys = kBlockN / kTeams;
+  static constexpr int kThreads = 32 * kWarps;
+  // Two CTAs on an SM of 228 KB have 128 KB in flight, several times what latency asks for; one fits into
+  // the 99 KB of sm_86.
+  static constexpr int kStages = kHeadDim <= 64 ? 4 : 3;
+  static constexpr int kMinBlocks = 2;
+  using TileKV = SmemTile<typename Op::T, kTeamKeys, kHeadDim>;
+  static constexpr int kSmemBytes = kStages * kTeams * 2 * TileKV::kBytes;
+  static_assert(kSmemBytes >= kTeams * kBlockM * (kHeadDim + 4) * int(sizeof(float)));
+};
+
+// s += q^ k^T of this warp's rows and 16 keys, from row n0 of the tile on. With kSquares, squares[n] +=
+// this thread's share of the sum of squares of key n * 8 + lane / 4; with kFactor, those keys are
+// multiplied by factor[n] first.
+template <class Op, bool kSquares, bool kFactor, int kSteps, class Tile>
+__device__ inline void key_products(float (&s)[2][4], float (&squares)[2],
+                                    const typename Op::A (&q)[kSteps], const Tile& tile, int n0,
+                                    const float (&factor)[2]) {
+#pragma unroll
+  for (int step = 0; step < kSteps; ++step) {
+    typename Op::B b[2];
+    Op::template load_b<false>(b, tile, n0, step * Op::kK);
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+      if constexpr (kSquares) {
+#pragma unroll
+        for (uint32_t& pair : b[n].r) {
+          float2 x = Op::unpack(pair);
+          if constexpr (kFactor) {
+            x = {x.x * factor[n], x.y * factor[n]};
+            pair = Op::pack(x.x, x.y);
+          }
+          squares[n] = fmaf(x.x, x.x, fmaf(x.y, x.y, squares[n]));
+        }
+      }
+      Op::mma(s[n], q[step], b[n]);
+    }
+  }
+  if constexpr (kSquares) {
+#pragma unroll
+    for (float& sum : squares) {
+      sum += __shfl_xor_sync(0xffffffff, sum, 1);
+      sum += __shfl_xor_sync(0xffffffff, sum, 2);
+    }
+  }
+}
+
+// The same with unit keys.
+template <class Op, int kSteps, class Tile>
+__device__ inline void unit_key_products(float (&s)[2][4], const typename Op::A (&q)[kSteps],
+                                         const Tile& tile, int n0) {
+  float squares[2] = {0.f, 0.f};
+  key_products<Op, true, false>(s, squares, q, tile, n0, {1.f, 1.f});
+  if constexpr (Op::kSquaresOverflow) {
+    // Keys too long for their squares are taken again, made shorter by a power of two: that is exact.
+    const bool too_long[2] = {squares[0] == INFINITY, squares[1] == INFINITY};
+    if (__any_sync(0xffffffff, too_long[0] || too_long[1])) {
+      const float factor[2] = {too_long[0] ? 0x1p-80f : 1.f, too_long[1] ? 0x1p-80f : 1.f};
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+        squares[n] = 0.f;
+#pragma unroll
+        for (float& x : s[n]) x = 0.f;
+      }
+      key_products<Op, true, true>(s, squares, q, tile, n0, factor);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2; ++n) {
+    const float inverse_norm = fminf(rsqrtf(squares[n]), 1.f / kMinNorm);
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      // The norm of this thread's column is with the lanes that hold that key.
+      const float r = __shfl_sync(0xffffffff, inverse_norm, 4 * (2 * (threadIdx.x % 4) + x));
+      s[n][x] *= r;
+      s[n][2 + x] *= r;
+    }
+  }
+}
+
+// Grid: x = K * splits * B, the kv head running fastest: heads of one key are neighbours in memory.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
+    cosine_attn_decode_sm80(const DecodeParams params) {
+  using Op = typename Tile::Op;
+  using T = typename Op::T;
+  using TileKV = typename Tile::TileKV;
+  constexpr int kHeadDim = Tile::kHeadDim, kBlockN = Tile::kBlockN, kStages = Tile::kStages;
+  constexpr int kTeams = Tile::kTeams, kTeamThreads = 32 * Tile::kTeamWarps;
+  constexpr int kSteps = kHeadDim / Op::kK, kNV = kHeadDim / 8;
+
+  const Problem& p = params.problem;
+  const int head_kv = blockIdx.x % p.num_heads_kv;
+  const int split = blockIdx.x / p.num_heads_kv % params.splits;
+  const int b = blockIdx.x / p.num_heads_kv / params.splits;
+  const int group = p.num_heads / p.num_heads_kv, head = head_kv * group;
+  const int rows = group * p.seqlen_q;
+  const int lane = threadIdx.x % 32, team = threadIdx.x / kTeamThreads;
+  const int team_thread = threadIdx.x % kTeamThreads;
+  const int m0 = team_thread / 32 * 16;  // this warp's first row
+
+  extern __shared__ __align__(128) char smem[];
+  __shared__ Visible visible;
+  Visible::init(visible, p, b);
+
+  // This split's blocks of keys. Splits share out what the entry's rows can see, not S; of few keys some
+  // splits get none.
+  const int first_block = visible.k_begin(0) / kBlockN;
+  const int blocks =
+      max(0, (visible.k_end(0, p.seqlen_q) + kBlockN - 1) / kBlockN - first_block);
+  const int blocks_per_split =
+      max((blocks + params.splits - 1) / params.splits, kMinSplitKeys / kBlockN);
+  const int splits = max(1, (blocks + blocks_per_split - 1) / blocks_per_split);
+  if (split >= splits) return;
+  const int begin = first_block + split * blocks_per_split;
+  const int end = min(begin + blocks_per_split, first_block + blocks);
+
+  const auto first_key_of = [&](int block) { return block * kBlockN + team * Tile::kTeamKeys; };
+  const auto kind_of = [&](int block) {
+    const int j0 = first_key_of(block);
+    BlockKind kind = visible.block(p, head, 0, p.seqlen_q, j0, j0 + Tile::kTeamKeys);
+    if (p.mask.data != nullptr && p.mask.cell_heads > 1) {
+      for (int g = 1; g < group; ++g) {
+        const BlockKind other = visible.block(p, head + g, 0, p.seqlen_q, j0, j0 + Tile::kTeamKeys);
+        kind = {kind.any || other.any, kind.all && other.all};
+      }
+    }
+    return kind;
+  };
+  const auto tile = [&](int stage, int which) {
+    return TileKV{reinterpret_cast<T*>(smem + ((stage * kTeams + team) * 2 + which) * TileKV::kBytes)};
+  };
+  const auto gK = params.k.head<const T>(b, head_kv);
+  const auto gV = params.v.head<const T>(b, head_kv);
+  const auto load = [&](const TileKV& to, const auto& from, int j0) {
+    load_tile_async<kTeamThreads>(
+        to, p.head_dim,
+        [&](int r) {
+          const bool valid = j0 + r < visible.seqlen_k;
+          return SourceRow{from.row(valid ? j0 + r : 0), valid};
+        },
+        team_thread);
+  };
+
+  // Loads run ahead of use, each on a walk of its own over the same blocks.
+  BlockWindow load_window, window;
+  int load_block = load_window.seek(begin, end, kind_of);
+  const auto load_next = [&](int stage) {
+    if (load_block >= 0) {
+      const int j0 = first_key_of(load_block);
+      load(tile(stage, 0), gK, j0);
+      load(tile(stage, 1), gV, j0);
+      load_block = load_window.next(load_block, end, kind_of);
+    }
+    ptx::cp_async_commit();
+  };
+  for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
+
+  typename Op::A rQ[kSteps];
+  {
+    const auto gQ = params.q_hat.head<const T>(b, head);
+    const auto pair = [&](int r, int h) {
+      return r < rows && h < p.head_dim ? *reinterpret_cast<const uint32_t*>(gQ.row(r) + h) : 0;
+    };
+    const int r = m0 + lane / 4;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int h = step * Op::kK + 2 * (lane % 4);
+      rQ[step] = {pair(r, h), pair(r + 8, h), pair(r, h + 8), pair(r + 8, h + 8)};
+    }
+  }
+  const auto hide_pairs = [&](float (&s)[2][4], int j0) {
+    const FragmentAt at(m0, j0);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int r = at.row_of(0, 2 * half), i = r % p.seqlen_q;
+      const int first = visible.first_key(i), end = r < rows ? visible.end_key(i) : 0;
+      const uint8_t* mask = nullptr;
+      if (p.mask.data != nullptr) {
+        mask = p.mask.at(b, head + r / p.seqlen_q) + i * p.mask.stride_row;
+      }
+      const int32_t* segments = nullptr;
+      if (p.q_segments.data != nullptr) segments = p.kv_segments.row(b);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int j = at.col_of(e / 2, e % 2);
+        bool seen = j >= first && j < end;
+        if (seen && segments) seen = p.q_segments.row(b)[i] == segments[j];
+        if (seen && mask) seen = mask[j * p.mask.stride_col];
+        if (!seen) s[e / 2][2 * half + e % 2] = -INFINITY;
+      }
+    }
+  };
+
+  float rO[kNV][4] = {};
+  float rL[2] = {0.f, 0.f};
+  int stage = 0;
+  for (int block = window.seek(begin, end, kind_of); block >= 0;
+       block = window.next(block, end, kind_of)) {
+    ptx::cp_async_wait<kStages - 2>();
+    // This stage has arrived, and the last one has been read, for the whole team.
+    if constexpr (Tile::kTeamWarps == 1) {
+      __syncwarp();
+    } else {
+      ptx::named_barrier(1 + team, kTeamThreads);
+    }
+    load_next(stage == 0 ? kStages - 1 : stage - 1);
+
+    const TileKV sK = tile(stage, 0), sV = tile(stage, 1);
+    const bool all = window.is_all(block);
+#pragma unroll 1
+    for (int n0 = 0; n0 < Tile::kTeamKeys; n0 += 16) {
+      float rS[1][2][4] = {};
+      if (p.l2norm) {
+        unit_key_products<Op>(rS[0], rQ, sK, n0);
+      } else {
+        float none[2];
+        key_products<Op, false, false>(rS[0], none, rQ, sK, n0, {1.f, 1.f});
+      }
+      if (!all) hide_pairs(rS[0], first_key_of(block) + n0);
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          rS[0][n][e] = ptx::ex2(rS[0][n][e] - params.shift_log2);
+          rL[e / 2] += rS[0][n][e];
+        }
+      }
+      // Zeros in v for keys that no row of the warp sees: they may be dead and hold NaN, and 0 * NaN is
+      // NaN. Columns of P and rows of v are spread over the lanes alike.
+      uint32_t keep[2] = {0xffffffff, 0xffffffff};
+      if (!all) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+          const float* weights = rS[0][n];
+          keep[n] = (weights[0] + weights[2] != 0.f ? 0xffffu : 0u) |
+                    (weights[1] + weights[3] != 0.f ? 0xffff0000u : 0u);
+#pragma unroll
+          for (int d = 4; d < 32; d *= 2) keep[n] |= __shfl_xor_sync(0xffffffff, keep[n], d);
+        }
+      }
+      typename Op::A weights;
+      Op::from_accum(weights, rS[0], 0);
+#pragma unroll
+      for (int n = 0; n < kNV; n += 2) {
+        typename Op::B v[2];
+        Op::template load_b<true>(v, sV, n * 8, n0);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          v[i].r[0] &= keep[0];
+          v[i].r[1] &= keep[1];
+          Op::mma(rO[n + i], weights, v[i]);
+        }
+      }
+    }
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+  }
+
+  // A partial result: rows of O~, and l in the column after.
+  const int width = p.head_dim + 4;
+  float* const team_partials = reinterpret_cast<float*>(smem);
+  __syncthreads();  // every team has read its last stage
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float l = rL[half];
+    l += __shfl_xor_sync(0xffffffff, l, 1);
+    l += __shfl_xor_sync(0xffffffff, l, 2);
+    const int r = m0 + lane / 4 + half * 8;
+    if (r >= rows) continue;
+    float* const row = team_partials + (team * rows + r) * width;
+    if (lane % 4 == 0) *reinterpret_cast<float4*>(row + p.head_dim) = {l, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int n = 0; n < kNV; ++n) {
+      const int h = n * 8 + 2 * (lane % 4);
+      if (h < p.head_dim) {
+        *reinterpret_cast<float2*>(row + h) = {rO[n][2 * half], rO[n][2 * half + 1]};
+      }
+    }
+  }
+  __syncthreads();
+
+  // Four floats at `offset` of `count` partial results, added up; load(part, offset) reads them.
+  const auto sum = [](int count, int offset, auto load) {
+    float4 total{0.f, 0.f, 0.f, 0.f};
+#pragma unroll 8
+    for (int part = 0; part < count; ++part) {
+      const float4 x = load(part, offset);
+      total = {total.x + x.x, total.y + x.y, total.z + x.z, total.w + x.w};
+    }
+    return total;
+  };
+  const auto write_rows = [&](int count, auto load) {
+    const int chunks = p.head_dim / 4;
+    for (int item = threadIdx.x; item < rows * chunks; item += Tile::kThreads) {
+      const int r = item / chunks, h = item % chunks * 4;
+      const float4 o = sum(count, r * width + h, load);
+      const float l = sum(count, r * width + p.head_dim, load).x;
+      const bool live = l > 0.f;
+      if (h == 0) {
+        const SplitLog lse = live ? log_of_sum(l, params.shift) : SplitLog{-INFINITY, 0.f};
+        const int64_t at = (int64_t(b) * p.num_heads + head) * p.seqlen_q + r;
+        params.lse[at] = lse.high;
+        params.lse_low[at] = lse.low;
+      }
+      // A dead row is zero even where a live key of another row holds inf: P = 0 made that NaN.
+      const float inverse = 1.f / l;
+      const uint2 packed = {Op::pack(live ? o.x * inverse : 0.f, live ? o.y * inverse : 0.f),
+                            Op::pack(live ? o.z * inverse : 0.f, live ? o.w * inverse : 0.f)};
+      const auto out = params.out.head<T>(b, head + r / p.seqlen_q);
+      *reinterpret_cast<uint2*>(out.row(r % p.seqlen_q) + h) = packed;
+    }
+  };
+  const int size = rows * width;
+  const auto load_team = [&](int part, int offset) {
+    return *reinterpret_cast<const float4*>(team_partials + part * size + offset);
+  };
+  if (splits == 1) {
+    write_rows(kTeams, load_team);
+    return;
+  }
+
+  const int64_t bh = int64_t(b) * p.num_heads_kv + head_kv;
+  float* const partials = params.partials + bh * params.splits * size;
+  for (int offset = 4 * threadIdx.x; offset < size; offset += 4 * Tile::kThreads) {
+    *reinterpret_cast<float4*>(partials + split * size + offset) = sum(kTeams, offset, load_team);
+  }
+  __shared__ bool is_last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) is_last = atomicAdd(params.arrivals + bh, 1u) == unsigned(splits) - 1;
+  __syncthreads();
+  if (!is_last) return;
+  __threadfence();
+  write_rows(splits, [&](int part, int offset) {
+    // Past L1, which may hold what other CTAs have not yet written.
+    return __ldcg(reinterpret_cast<const float4*>(partials + part * size + offset));
+  });
+}
+
+}  // namespace jca::sm80
