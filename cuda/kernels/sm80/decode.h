@@ -124,6 +124,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const int m0 = team_thread / 32 * 16;  // this warp's first row
 
   extern __shared__ __align__(128) char smem[];
+  __shared__ BlockWindow windows[Tile::kWarps];
+  // What the stages hold, as 2 * block + whether all pairs are allowed; every warp's own.
+  __shared__ int stage_blocks[Tile::kWarps][kStages];
+  constexpr int kNotYet = -2, kNone = -1;
+  __shared__ Rows::Head<const T> keys_and_values[2];
+  if (threadIdx.x < 2) {
+    keys_and_values[threadIdx.x] = (threadIdx.x == 0 ? params.k : params.v).head<const T>(b, head_kv);
+  }
   __shared__ Visible visible;
   Visible::init(visible, p, b);
 
@@ -142,20 +150,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const auto first_key_of = [&](int block) { return block * kBlockN + team * Tile::kTeamKeys; };
   const auto kind_of = [&](int block) {
     const int j0 = first_key_of(block);
-    BlockKind kind = visible.block(p, head, 0, p.seqlen_q, j0, j0 + Tile::kTeamKeys);
-    if (p.mask.data != nullptr && p.mask.cell_heads > 1) {
-      for (int g = 1; g < group; ++g) {
-        const BlockKind other = visible.block(p, head + g, 0, p.seqlen_q, j0, j0 + Tile::kTeamKeys);
-        kind = {kind.any || other.any, kind.all && other.all};
-      }
+    BlockKind kind{false, true};
+#pragma unroll 1
+    for (int g = 0; g < (p.mask.cell_heads > 1 ? group : 1); ++g) {
+      const BlockKind of_head =
+          visible.block(p, head + g, 0, p.seqlen_q, j0, j0 + Tile::kTeamKeys);
+      kind = {kind.any || of_head.any, kind.all && of_head.all};
     }
     return kind;
   };
   const auto tile = [&](int stage, int which) {
     return TileKV{reinterpret_cast<T*>(smem + ((stage * kTeams + team) * 2 + which) * TileKV::kBytes)};
   };
-  const auto gK = params.k.head<const T>(b, head_kv);
-  const auto gV = params.v.head<const T>(b, head_kv);
   const auto load = [&](const TileKV& to, const auto& from, int j0) {
     load_tile_async<kTeamThreads>(
         to, p.head_dim,
@@ -165,20 +171,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         },
         team_thread);
   };
-
-  // Loads run ahead of use, each on a walk of its own over the same blocks.
-  BlockWindow load_window, window;
-  int load_block = load_window.seek(begin, end, kind_of);
-  const auto load_next = [&](int stage) {
-    if (load_block >= 0) {
-      const int j0 = first_key_of(load_block);
-      load(tile(stage, 0), gK, j0);
-      load(tile(stage, 1), gV, j0);
-      load_block = load_window.next(load_block, end, kind_of);
-    }
-    ptx::cp_async_commit();
-  };
-  for (int stage = 0; stage < kStages - 1; ++stage) load_next(stage);
 
   typename Op::A rQ[kSteps];
   {
@@ -204,12 +196,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         mask = p.mask.at(b, head + r / p.seqlen_q) + i * p.mask.stride_row;
       }
       const int32_t* segments = nullptr;
-      if (p.q_segments.data != nullptr) segments = p.kv_segments.row(b);
+      int segment = 0;
+      if (p.q_segments.data != nullptr) {
+        segments = p.kv_segments.row(b);
+        segment = p.q_segments.row(b)[i];
+      }
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int j = at.col_of(e / 2, e % 2);
         bool seen = j >= first && j < end;
-        if (seen && segments) seen = p.q_segments.row(b)[i] == segments[j];
+        if (seen && segments) seen = segments[j] == segment;
         if (seen && mask) seen = mask[j * p.mask.stride_col];
         if (!seen) s[e / 2][2 * half + e % 2] = -INFINITY;
       }
@@ -218,20 +214,37 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 
   float rO[kNV][4] = {};
   float rL[2] = {0.f, 0.f};
-  int stage = 0;
-  for (int block = window.seek(begin, end, kind_of); block >= 0;
-       block = window.next(block, end, kind_of)) {
+  BlockWindow& window = windows[threadIdx.x / 32];
+  int* const in_stage = stage_blocks[threadIdx.x / 32];
+  for (int stage = 0; stage < kStages; ++stage) in_stage[stage] = kNotYet;
+  int block = window.seek(begin, end, kind_of);
+  for (int stage = 0;;) {
     ptx::cp_async_wait<kStages - 2>();
-    // This stage has arrived, and the last one has been read, for the whole team.
+    // The oldest block has arrived, and the one before it has been read, for the whole team.
     if constexpr (Tile::kTeamWarps == 1) {
       __syncwarp();
     } else {
       ptx::named_barrier(1 + team, kTeamThreads);
     }
-    load_next(stage == 0 ? kStages - 1 : stage - 1);
+    if (block >= 0) {
+      const int j0 = first_key_of(block);
+#pragma unroll 1
+      for (int which = 0; which < 2; ++which) {
+        load(tile(stage, which), keys_and_values[which], j0);
+      }
+      in_stage[stage] = 2 * block + window.is_all(block);
+      block = window.next(block, end, kind_of);
+    } else {
+      in_stage[stage] = kNone;
+    }
+    ptx::cp_async_commit();
+    stage = stage == kStages - 1 ? 0 : stage + 1;
+    const int oldest = in_stage[stage];
+    if (oldest == kNotYet) continue;
+    if (oldest == kNone) break;
 
     const TileKV sK = tile(stage, 0), sV = tile(stage, 1);
-    const bool all = window.is_all(block);
+    const bool all = oldest % 2;
 #pragma unroll 1
     for (int n0 = 0; n0 < Tile::kTeamKeys; n0 += 16) {
       float rS[1][2][4] = {};
@@ -241,7 +254,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         float none[2];
         key_products<Op, false, false>(rS[0], none, rQ, sK, n0, {1.f, 1.f});
       }
-      if (!all) hide_pairs(rS[0], first_key_of(block) + n0);
+      if (!all) hide_pairs(rS[0], first_key_of(oldest / 2) + n0);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
@@ -277,7 +290,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         }
       }
     }
-    stage = stage == kStages - 1 ? 0 : stage + 1;
   }
 
   // A partial result: rows of O~, and l in the column after.
