@@ -162,7 +162,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const auto tile = [&](int stage, int which) {
     return TileKV{reinterpret_cast<T*>(smem + ((stage * kTeams + team) * 2 + which) * TileKV::kBytes)};
   };
-  const auto load = [&](const TileKV& to, const auto& from, int j0) {
+  const auto load_keys = [&](const TileKV& to, const auto& from, int j0) {
     load_tile_async<kTeamThreads>(
         to, p.head_dim,
         [&](int r) {
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       const int j0 = first_key_of(block);
 #pragma unroll 1
       for (int which = 0; which < 2; ++which) {
-        load(tile(stage, which), keys_and_values[which], j0);
+        load_keys(tile(stage, which), keys_and_values[which], j0);
       }
       in_stage[stage] = 2 * block + window.is_all(block);
       block = window.next(block, end, kind_of);
@@ -240,8 +240,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     ptx::cp_async_commit();
     stage = stage == kStages - 1 ? 0 : stage + 1;
     const int oldest = in_stage[stage];
-    if (oldest == kNotYet) continue;
     if (oldest == kNone) break;
+    if (oldest == kNotYet || m0 >= rows) continue;  // warps without rows help to load
 
     const TileKV sK = tile(stage, 0), sV = tile(stage, 1);
     const bool all = oldest % 2;
