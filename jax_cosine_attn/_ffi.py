@@ -27,6 +27,12 @@ _ROW_STATS = 3  # RowStat in cuda/kernels/params.h
 # into: kUnlimited, kCellRows and kCellCols there.
 _UNLIMITED = 1 << 30
 _CELL_ROWS, _CELL_COLS = 64, 32
+# The decode kernel: what it takes, the keys of a split, and the CTAs that fill a GPU, two on each of
+# the 132 SMs of an H100. Without the upper limit a long entry would keep few CTAs busy after all
+# others. kMaxPackedRows and kMinSplitKeys in cuda/.
+_DECODE_QUERIES, _PACKED_ROWS = 16, 64
+_SHORTEST_SPLIT, _LONGEST_SPLIT = 256, 8192
+_DECODE_BLOCKS = 264
 # Operands with a gradient beside q, k and v, in the handler's order.
 _OPTIONS = ("scale", "bias", "relative_bias")
 
@@ -134,6 +140,28 @@ def _constant_shift(ops: Operands, bound: float | None) -> float | None:
     return max(0.0, bound - 40.0)
 
 
+def _decode_splits(ops: Operands, config: Config) -> int:
+    """CTAs that share out the keys of one kv head in the decode kernel; 0: the normal forward runs.
+
+    The decode kernel is for few queries, and reads keys and values once and as they are. It takes
+    what needs no pass over the keys before: 16-bit rows that its copies can read (H a multiple of
+    8), bounded logits without biases, and one norm a key or none.
+    """
+    t, n, s, k, h = shapes(ops, config)
+    if (
+        ops.q.dtype.itemsize != 2
+        or h % 8 != 0
+        or _constant_shift(ops, config.bound) is None
+        or (config.l2norm_qk and config.groups != 1)
+        or t > _DECODE_QUERIES
+        or n // k * t > _PACKED_ROWS
+        or s < _SHORTEST_SPLIT
+    ):
+        return 0
+    wanted = max(_DECODE_BLOCKS // (config.batch * k), s // _LONGEST_SPLIT, 1)
+    return min(wanted, s // _SHORTEST_SPLIT)
+
+
 def _call(
     target: str,
     results: Sequence[jax.ShapeDtypeStruct],
@@ -173,9 +201,11 @@ def _padded(x: int, multiple: int) -> int:
     return -(-x // multiple) * multiple
 
 
-def _pre_pass(ops: Operands, config: Config, dtype: Any) -> list[jax.ShapeDtypeStruct]:
-    """Scratch of the pre-passes: q^ and k^, v in rows of a multiple of 8 where H is not one, and
-    the cells of mask and segments."""
+def _pre_pass(
+    ops: Operands, config: Config, dtype: Any, decode: bool = False
+) -> list[jax.ShapeDtypeStruct]:
+    """Scratch of the pre-passes: q^, k^ unless for decode, v in rows of a multiple of 8 where H is
+    not one, and the cells of mask and segments."""
     t, n, s, k, h = shapes(ops, config)
     row = _padded(h, 8)
     cells: tuple[int, ...] = (0,)
@@ -188,7 +218,7 @@ def _pre_pass(ops: Operands, config: Config, dtype: Any) -> list[jax.ShapeDtypeS
     ]
     return [
         jax.ShapeDtypeStruct((config.batch, n, t, row), dtype),
-        jax.ShapeDtypeStruct((ops.k.shape[0], k, s, row), dtype),
+        jax.ShapeDtypeStruct((ops.k.shape[0], k, 0 if decode else s, row), dtype),
         jax.ShapeDtypeStruct((ops.v.shape[0], k, 0 if row == h else s, row), ops.v.dtype),
         jax.ShapeDtypeStruct(cells, jnp.uint8),
         *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ranges),
@@ -197,17 +227,26 @@ def _pre_pass(ops: Operands, config: Config, dtype: Any) -> list[jax.ShapeDtypeS
 
 def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(out, lse, lse_low) from the kernels, the latter two float32 [B, N, T]."""
-    t, n, _, _, _ = shapes(ops, config)
+    t, n, _, k, h = shapes(ops, config)
     dtype = ops.q.dtype
     shift = _constant_shift(ops, config.bound)
-    # Unit vectors need no range: float16 keeps three bits more of them than bfloat16.
-    hat = jnp.float16 if dtype == jnp.bfloat16 and shift is not None else dtype
+    splits = _decode_splits(ops, config)
+    # Unit vectors need no range: float16 keeps three bits more of them than bfloat16. Decode
+    # multiplies q^ with raw keys.
+    hat = jnp.float16 if dtype == jnp.bfloat16 and shift is not None and not splits else dtype
+    partials: tuple[int, ...] = (0,)
+    arrivals: tuple[int, ...] = (0,)
+    if splits:
+        partials = (config.batch, k, splits, n // k * t, h + 4)  # a row: out's sums, and l
+        arrivals = (config.batch, k)
     rows = jax.ShapeDtypeStruct((config.batch, n, t), jnp.float32)
     results = [
         jax.ShapeDtypeStruct((config.batch, *ops.q.shape[1:]), dtype),
         rows,
         rows,
-        *_pre_pass(ops, config, hat),
+        *_pre_pass(ops, config, hat, decode=splits > 0),
+        jax.ShapeDtypeStruct(partials, jnp.float32),
+        jax.ShapeDtypeStruct(arrivals, jnp.uint32),
     ]
     out, lse, lse_low, *_ = _call(
         "jax_cosine_attn_fwd",
@@ -217,6 +256,7 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
         config,
         unbounded=shift is None,
         shift=np.float32(shift or 0),
+        splits=np.int32(splits),
     )
     return out, lse, lse_low
 

@@ -306,9 +306,10 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                    ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths, ffi::AnyBuffer kv_lengths,
                    ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, Result out, Result lse,
                    Result lse_low, Result q_hat, Result k_hat, Result v_padded, Result mask_cells,
-                   Result q_ranges, Result kv_ranges, bool heads_first, bool l2norm_qk,
-                   int32_t groups, int32_t left, int32_t right, bool three_passes, bool unbounded,
-                   float shift, ffi::Span<const int64_t> div) {
+                   Result q_ranges, Result kv_ranges, Result partials, Result arrivals,
+                   bool heads_first, bool l2norm_qk, int32_t groups, int32_t left, int32_t right,
+                   bool three_passes, bool unbounded, float shift, int32_t splits,
+                   ffi::Span<const int64_t> div) {
   Checker check;
   const auto d = out->dimensions();
   check.require(d.size() == 4, "out: got " + shape_text(*out));
@@ -322,12 +323,21 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
 
   const Problem& p = in.problem;
   const int64_t hp = p.head_dim_padded, n = p.num_heads, kv = p.num_heads_kv;
-  const ffi::DataType hat = unbounded || in.dtype == ffi::F32 ? in.dtype : ffi::F16;
+  const bool decode = splits > 0;
+  if (decode) {
+    const int64_t rows = n / kv * p.seqlen_q;
+    check.require(in.dtype != ffi::F32 && p.head_dim % 8 == 0 && rows >= 1 &&
+                      rows <= kMaxPackedRows && !unbounded && (groups == 1 || !l2norm_qk),
+                  "not a call for decode: got q " + shape_text(q) + ", k " + shape_text(k));
+    check.shape("partials", *partials, ffi::F32, {p.batch, kv, splits, rows, hp + 4});
+    check.shape("arrivals", *arrivals, ffi::U32, {p.batch, kv});
+  }
+  const ffi::DataType hat = unbounded || decode || in.dtype == ffi::F32 ? in.dtype : ffi::F16;
   check.shape("out", *out, in.dtype, {p.batch, q.dimensions()[1], q.dimensions()[2], p.head_dim});
   check.shape("lse", *lse, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("lse_low", *lse_low, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("q_hat", *q_hat, hat, {p.batch, n, p.seqlen_q, hp});
-  check.shape("k_hat", *k_hat, hat, {k.dimensions()[0], kv, p.seqlen_k, hp});
+  check.shape("k_hat", *k_hat, hat, {k.dimensions()[0], kv, decode ? 0 : p.seqlen_k, hp});
   check.shape("v_padded", *v_padded, in.dtype,
               {v.dimensions()[0], kv, p.head_dim % 8 != 0 ? p.seqlen_k : 0, hp});
   if (!check.ok()) return check.error();
@@ -344,7 +354,10 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                                           .out = rows_of(*out, heads_first, 1),
                                           .lse = lse->typed_data<float>(),
                                           .lse_low = lse_low->typed_data<float>(),
-                                          .unbounded = unbounded}));
+                                          .unbounded = unbounded,
+                                          .splits = splits,
+                                          .partials = partials->typed_data<float>(),
+                                          .arrivals = arrivals->typed_data<uint32_t>()}));
 }
 
 ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -478,6 +491,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Ret<AnyBuffer>()  // mask_cells
                                   .Ret<AnyBuffer>()  // q_ranges
                                   .Ret<AnyBuffer>()  // kv_ranges
+                                  .Ret<AnyBuffer>()  // partials
+                                  .Ret<AnyBuffer>()  // arrivals
                                   .Attr<bool>("heads_first")
                                   .Attr<bool>("l2norm_qk")
                                   .Attr<int32_t>("groups")
@@ -486,6 +501,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Attr<bool>("three_passes")
                                   .Attr<bool>("unbounded")
                                   .Attr<float>("shift")
+                                  .Attr<int32_t>("splits")
                                   .Attr<ffi::Span<const int64_t>>("div"),
                               {ffi::Traits::kCmdBufferCompatible});
 

@@ -14,6 +14,8 @@ Status status_of(cudaError_t error, const char* what) {
   return {std::string(what) + ": " + cudaGetErrorString(error)};
 }
 
+int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
+
 // Calls f with the C++ type of the inputs.
 template <class F>
 Status with_dtype(Arithmetic arithmetic, F f) {
@@ -64,21 +66,30 @@ Status pad_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int 
                                   .l2norm = false});
 }
 
-// q^ of every batch entry of the call (it carries the entry's scale), k^ of every entry of k.
+// q^ of every batch entry of the call: it carries the entry's scale.
+template <typename T, typename THat>
+Status normalize_q(cudaStream_t stream, const Problem& problem, bool log2_units, const Rows& q,
+                   const Rows& q_hat, float* q_inverse_norm, uint32_t* arrivals = nullptr) {
+  return normalize<T, THat>(stream, {.problem = problem,
+                                     .x = q,
+                                     .seqlen = problem.seqlen_q,
+                                     .num_heads = problem.num_heads,
+                                     .batch = problem.batch,
+                                     .fold = problem.scale,
+                                     .log2_units = log2_units,
+                                     .hat = q_hat,
+                                     .inverse_norm = q_inverse_norm,
+                                     .l2norm = problem.l2norm,
+                                     .arrivals = arrivals});
+}
+
+// That, and k^ of every entry of k.
 template <typename T, typename THat>
 Status normalize_qk(cudaStream_t stream, const Problem& problem, bool log2_units, const Rows& q,
                     const Rows& k, const Rows& q_hat, const Rows& k_hat, float* q_inverse_norm,
                     float* k_inverse_norm) {
-  const Status status = normalize<T, THat>(stream, {.problem = problem,
-                                                    .x = q,
-                                                    .seqlen = problem.seqlen_q,
-                                                    .num_heads = problem.num_heads,
-                                                    .batch = problem.batch,
-                                                    .fold = problem.scale,
-                                                    .log2_units = log2_units,
-                                                    .hat = q_hat,
-                                                    .inverse_norm = q_inverse_norm,
-                                                    .l2norm = problem.l2norm});
+  const Status status =
+      normalize_q<T, THat>(stream, problem, log2_units, q, q_hat, q_inverse_norm);
   if (!status.ok()) return status;
   // k^ is indexed by k's own batch entries, not the call's.
   Rows own = k;
@@ -122,16 +133,17 @@ Status condense(cudaStream_t stream, const Problem& p) {
   return status_of(cudaGetLastError(), "condensing masks and segments");
 }
 
-template <class Params>
+// `grid` gives the number of CTAs of an instance.
+template <class Params, class Grid>
 Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arithmetic,
-                       bool unbounded, Params params, int rows, int64_t heads_and_batch) {
+                       bool unbounded, Params params, Grid grid, int packed_rows = 0) {
   const Problem& p = params.problem;
-  const Instance* instance = find_instance(direction, arithmetic, unbounded, p.head_dim);
+  const Instance* instance =
+      find_instance(direction, arithmetic, unbounded, p.head_dim, packed_rows);
   const std::string what = std::string("cosine_attn_") + name(direction) + " " + name(arithmetic) +
                            " H=" + std::to_string(p.head_dim);
   if (instance == nullptr) return {what + ": no kernel"};
-  const int block = direction == Direction::kForward ? instance->block_m : instance->block_n;
-  const int64_t blocks = (rows + block - 1) / block * heads_and_batch;
+  const int64_t blocks = grid(*instance);
   if (blocks == 0) return {};
   if (blocks > INT_MAX) return {what + ": too many blocks for one launch"};
   const Status status = status_of(
@@ -174,7 +186,34 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
                          .shift = call.shift,
                          .shift_log2 = call.shift * kLog2e};
   return launch_instance(stream, Direction::kForward, call.arithmetic, call.unbounded, params,
-                         p.seqlen_q, int64_t(p.num_heads) * p.batch);
+                         [&](const Instance& instance) {
+                           return ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch;
+                         });
+}
+
+template <typename T>
+Status decode(cudaStream_t stream, const ForwardCall& call) {
+  const Problem& p = call.problem;
+  Status status = condense(stream, p);
+  if (!status.ok()) return status;
+  status = normalize_q<T, T>(stream, p, true, call.q, call.q_hat, nullptr, call.arrivals);
+  if (!status.ok()) return status;
+  const DecodeParams params{.problem = p,
+                            .q_hat = call.q_hat,
+                            .k = call.k,
+                            .v = call.v,
+                            .out = call.out,
+                            .lse = call.lse,
+                            .lse_low = call.lse_low,
+                            .shift = call.shift,
+                            .shift_log2 = call.shift * kLog2e,
+                            .splits = call.splits,
+                            .partials = call.partials,
+                            .arrivals = call.arrivals};
+  return launch_instance(
+      stream, Direction::kDecode, call.arithmetic, false, params,
+      [&](const Instance&) { return int64_t(p.num_heads_kv) * call.splits * p.batch; },
+      p.num_heads / p.num_heads_kv * p.seqlen_q);
 }
 
 template <typename T>
@@ -247,7 +286,10 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                          .dbias = call.dbias,
                          .drelative_bias = call.drelative_bias};
   status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
-                           p.seqlen_k, int64_t(p.num_heads_kv) * p.batch);
+                           [&](const Instance& instance) {
+                             return ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv *
+                                    p.batch;
+                           });
   if (!status.ok()) return status;
 
   const DqParams dq{.problem = p,
@@ -275,6 +317,10 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
 }  // namespace
 
 Status launch_forward(cudaStream_t stream, const ForwardCall& call) {
+  if (call.splits > 0) {
+    return call.arithmetic == Arithmetic::kFloat16 ? decode<__half>(stream, call)
+                                                   : decode<__nv_bfloat16>(stream, call);
+  }
   return with_dtype(call.arithmetic,
                     [&](auto t) { return forward<decltype(t)>(stream, call); });
 }

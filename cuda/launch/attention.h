@@ -27,7 +27,14 @@ struct ForwardCall {
   float* lse;
   float* lse_low;
   bool unbounded;                 // Instance::unbounded
+  int splits;                     // CTAs of a (batch, kv head) of the decode kernel; 0: the other
+  float* partials;                // scratch of DecodeParams
+  uint32_t* arrivals;
 };
+// What decode takes beside what the forward does: 16-bit rows of a multiple of 8 elements, at most
+// kMaxPackedRows queries for a kv head, bounded logits, and keys with one norm or none. k_hat and v_padded
+// are unused.
+constexpr int kMaxPackedRows = 64;
 Status launch_forward(cudaStream_t stream, const ForwardCall& call);
 
 struct BackwardCall {

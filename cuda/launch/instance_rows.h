@@ -2,14 +2,13 @@
 // own.
 #pragma once
 
-#include <array>
-#include <iterator>
+#include <vector>
 
 #include "launch/instances.h"
 
 namespace jca {
 
-using InstanceRow = std::array<Instance, std::size(kHeadDims)>;
+using InstanceRow = std::vector<Instance>;
 
 InstanceRow sm80_fwd_float16();
 InstanceRow sm80_fwd_bfloat16();
@@ -27,5 +26,7 @@ InstanceRow sm80_bwd_float16_unbounded();
 InstanceRow sm80_bwd_bfloat16_unbounded();
 InstanceRow sm80_bwd_tf32_unbounded();
 InstanceRow sm80_bwd_3xtf32_unbounded();
+InstanceRow sm80_decode_float16();
+InstanceRow sm80_decode_bfloat16();
 
 }  // namespace jca

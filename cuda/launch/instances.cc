@@ -7,7 +7,15 @@
 namespace jca {
 
 const char* name(Direction direction) {
-  return direction == Direction::kForward ? "fwd" : "bwd";
+  switch (direction) {
+    case Direction::kForward:
+      return "fwd";
+    case Direction::kBackward:
+      return "bwd";
+    case Direction::kDecode:
+      return "decode";
+  }
+  return "?";
 }
 
 const char* name(Arithmetic arithmetic) {
@@ -33,7 +41,8 @@ std::span<const Instance> instances() {
           sm80_fwd_tf32_unbounded(), sm80_fwd_3xtf32_unbounded(),
           sm80_bwd_float16(), sm80_bwd_bfloat16(), sm80_bwd_tf32(), sm80_bwd_3xtf32(),
           sm80_bwd_float16_unbounded(), sm80_bwd_bfloat16_unbounded(),
-          sm80_bwd_tf32_unbounded(), sm80_bwd_3xtf32_unbounded()}) {
+          sm80_bwd_tf32_unbounded(), sm80_bwd_3xtf32_unbounded(),
+          sm80_decode_float16(), sm80_decode_bfloat16()}) {
       rows.insert(rows.end(), row.begin(), row.end());
     }
     return rows;
@@ -42,10 +51,11 @@ std::span<const Instance> instances() {
 }
 
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
-                              int head_dim) {
+                              int head_dim, int packed_rows) {
   for (const Instance& instance : instances()) {
     if (instance.direction == direction && instance.arithmetic == arithmetic &&
-        instance.unbounded == unbounded && instance.head_dim >= head_dim) {
+        instance.unbounded == unbounded && instance.head_dim >= head_dim &&
+        instance.block_m >= packed_rows) {
       return &instance;
     }
   }

@@ -6,7 +6,7 @@
 
 namespace jca {
 
-enum class Direction { kForward, kBackward };
+enum class Direction { kForward, kBackward, kDecode };
 
 // Element type of q, k, v, and how float32 products are taken.
 enum class Arithmetic { kFloat16, kBfloat16, kTf32, kThreeTf32 };
@@ -27,11 +27,11 @@ struct Instance {
 const char* name(Direction direction);
 const char* name(Arithmetic arithmetic);
 
-// All of them, in the order direction, unbounded, arithmetic, head_dim.
+// All of them, in the order direction, unbounded, arithmetic, head_dim, block_m.
 std::span<const Instance> instances();
 
-// The smallest instance that holds head_dim; null when there is none.
+// The smallest instance that holds head_dim and, of decode, all packed rows; null when there is none.
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
-                              int head_dim);
+                              int head_dim, int packed_rows);
 
 }  // namespace jca

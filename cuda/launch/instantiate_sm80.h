@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/sm80/bwd.h"
+#include "kernels/sm80/decode.h"
 #include "kernels/sm80/fwd.h"
 #include "launch/instance_rows.h"
 
@@ -34,6 +35,19 @@ Instance bwd_instance(Arithmetic arithmetic) {
           Tile::kBlockN};
 }
 
+template <class Tile>
+Instance decode_instance(Arithmetic arithmetic) {
+  return {Direction::kDecode,
+          arithmetic,
+          false,
+          Tile::kHeadDim,
+          reinterpret_cast<const void*>(&sm80::cosine_attn_decode_sm80<Tile>),
+          Tile::kThreads,
+          Tile::kSmemBytes,
+          Tile::kBlockM,
+          Tile::kBlockN};
+}
+
 template <class OpS, class OpV, bool kUnbounded>
 InstanceRow fwd_row(Arithmetic arithmetic) {
   using sm80::FwdTile;
@@ -54,6 +68,20 @@ InstanceRow bwd_row(Arithmetic arithmetic) {
           bwd_instance<BwdTile<Op, 128, kUnbounded>>(arithmetic),
           bwd_instance<BwdTile<Op, 192, kUnbounded>>(arithmetic),
           bwd_instance<BwdTile<Op, 256, kUnbounded>>(arithmetic)};
+}
+
+// H 256 has one instance: teams of one and of two warps spill there, and in a team of four the warps
+// without rows only load.
+template <class Op>
+InstanceRow decode_row(Arithmetic arithmetic) {
+  using sm80::DecodeTile;
+  return {decode_instance<DecodeTile<Op, 64, 1>>(arithmetic),
+          decode_instance<DecodeTile<Op, 64, 2>>(arithmetic),
+          decode_instance<DecodeTile<Op, 64, 4>>(arithmetic),
+          decode_instance<DecodeTile<Op, 128, 1>>(arithmetic),
+          decode_instance<DecodeTile<Op, 128, 2>>(arithmetic),
+          decode_instance<DecodeTile<Op, 128, 4>>(arithmetic),
+          decode_instance<DecodeTile<Op, 256, 4>>(arithmetic)};
 }
 
 }  // namespace jca

@@ -1,0 +1,9 @@
+#include "launch/instantiate_sm80.h"
+
+namespace jca {
+
+InstanceRow sm80_decode_float16() {
+  return decode_row<sm80::Half16<__half>>(Arithmetic::kFloat16);
+}
+
+}  // namespace jca
