@@ -24,8 +24,8 @@ PY := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda cmake -type f 2>/dev/null)
 SANITIZER ?= compute-sanitizer
 
-.PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features sanitize lint train clean \
-        benchmark benchmark_causal benchmark_forward benchmark_backward \
+.PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode sanitize \
+        lint train clean benchmark benchmark_causal benchmark_forward benchmark_backward \
         benchmark_forward_causal benchmark_backward_causal
 
 # A development install serves every target, so a lesser one never replaces it.
@@ -69,6 +69,9 @@ bench-gpu: $(DEV)
 
 bench-features: $(DEV)
 	$(PY) benchmarks/bench_features.py --commit $(COMMIT) --json $(RESULTS)/features.json
+
+bench-decode: $(DEV)
+	$(PY) benchmarks/bench_decode.py --commit $(COMMIT) --json $(RESULTS)/decode.json
 
 benchmark: $(DEV)
 	$(BENCH)

@@ -27,9 +27,9 @@ _ROW_STATS = 3  # RowStat in cuda/kernels/params.h
 # into: kUnlimited, kCellRows and kCellCols there.
 _UNLIMITED = 1 << 30
 _CELL_ROWS, _CELL_COLS = 64, 32
-# The decode kernel: what it takes, the keys of a split, and the CTAs that fill a GPU, two on each of
-# the 132 SMs of an H100. Without the upper limit a long entry would keep few CTAs busy after all
-# others. kMaxPackedRows and kMinSplitKeys in cuda/.
+# The decode kernel: what it takes (kMaxPackedRows and kMinSplitKeys in cuda/), the keys of a split,
+# and the CTAs that fill a GPU, two on each of the 132 SMs of an H100. Splits have an upper limit
+# for batches of unequal lengths: the longest entry would keep a few CTAs busy after all others.
 _DECODE_QUERIES, _PACKED_ROWS = 16, 64
 _SHORTEST_SPLIT, _LONGEST_SPLIT = 256, 8192
 _DECODE_BLOCKS = 264

@@ -24,6 +24,9 @@ def calls(instance: dict):
     """(name, shapes, options, differentiable options) that reach every branch: whole blocks, then
     ragged ones with masking by position, then what is data."""
     head_dim = instance["head_dim"]
+    if instance["direction"] == "decode":
+        yield from decode_calls(head_dim, instance["block_m"] // 4)
+        return
     yield "plain", dict(t=64, s=64, n=1, k=1, h=head_dim), {}, {}
     lengths = np.array([60, 1], np.int32)
     key_mask = np.arange(131) % 3 != 1
@@ -55,6 +58,29 @@ def calls(instance: dict):
             yield f"bias {shape}", ragged, {}, {"bias": np.ones(shape, np.float16)}
 
 
+def decode_calls(head_dim: int, t: int):
+    """The same for four query heads a kv head, with one split and with two."""
+    yield "plain", dict(t=t, s=256, n=4, k=1, h=head_dim), {}, {}
+    ragged = dict(t=t - 1, s=601, n=8, k=2, h=head_dim - 8)
+    options = {
+        "is_causal": True,
+        "mask": (np.arange(601) % 3 != 1)[None, None, None],
+        "query_seq_lengths": np.array([t - 1, 1], np.int32),
+        "key_value_seq_lengths": np.array([601, 300], np.int32),
+    }
+    yield "ragged", ragged, options, {}
+    rng = np.random.default_rng(1)
+    options = {
+        "mask": rng.random((2, 8, t - 1, 601)) < 0.7,
+        "segment_ids": tuple(
+            np.sort(rng.integers(0, 2, (2, x)).astype(np.int32)) for x in (t - 1, 601)
+        ),
+        "local_window_size": (400, 30),
+        "l2norm_qk": False,
+    }
+    yield "data", ragged, options, {}
+
+
 def run(instance: dict) -> None:
     dtype, precision = ARITHMETIC[instance["arithmetic"]]
     for name, size, options, differentiable in calls(instance):
@@ -62,6 +88,8 @@ def run(instance: dict) -> None:
         batch = 2
         q = rng.standard_normal((batch, size["t"], size["n"], size["h"]))
         k, v = rng.standard_normal((2, batch, size["s"], size["k"], size["h"]))
+        if not options.get("l2norm_qk", True):
+            q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
         # Without a bound the forward keeps a running maximum.
         bound = None if instance["unbounded"] else 8.0
         differentiable = differentiable | {"scale": np.full(size["n"], 8.0, np.float32)}
@@ -77,7 +105,7 @@ def run(instance: dict) -> None:
             return out.astype(jnp.float32).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
 
         args = (*(jnp.asarray(x, dtype) for x in (q, k, v)), differentiable)
-        if instance["direction"] == "fwd":
+        if instance["direction"] != "bwd":
             results = jax.jit(attend)(*args)[0]
         else:
             results = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)

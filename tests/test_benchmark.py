@@ -3,6 +3,7 @@
 import json
 
 import bench_attention
+import bench_decode
 import bench_features
 import pytest
 import timing
@@ -130,3 +131,18 @@ def test_features_beside_plain_calls(tmp_path, capsys, monkeypatch):
         assert row["ratio"] == pytest.approx(row["ms"] / row["against_ms"])
         assert row["family"] and row["clock"].startswith(("wall", "device span"))
     assert "packed documents" in capsys.readouterr().out
+
+
+def test_decode_beside_a_copy(tmp_path, capsys):
+    file = tmp_path / "decode.json"
+    sizes = ("--batches", "2", "--seq-lens", "64", "--copy-mib", "1", "--peers", "xla")
+    bench_decode.main([*sizes, "--num-times", "1", "--json", str(file)])
+    (row,) = json.loads(file.read_text())["rows"]
+    assert row["bytes"] == 2 * 2 * 2 * 64 * 8 * 128
+    assert row["implementations"].keys() == {"copy", "jax_cosine_attn", "xla"}
+    assert row["family"] and not row["problems"]
+    for name, result in row["implementations"].items():
+        moved = 2 * 2**20 if name == "copy" else row["bytes"]
+        assert result["gb_per_s"] == pytest.approx(1e-6 * moved / result["ms"])
+    assert row["implementations"]["copy"]["of_copy"] == 1.0
+    assert "jax_cosine_attn" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -251,6 +252,69 @@ def test_options_of_16_bit_inputs(implementation, name, dtype):
 @pytest.mark.parametrize("name", OPTIONS)
 def test_options_and_lengths(implementation, name, t, s, h, dtype):
     check_options(implementation, name, dtype, Sizes(2, t, s, 2, 1, h))
+
+
+# Few queries against many keys, which CTAs share out: every instance of the decode kernel, and head
+# dims that are none's.
+DECODE_SIZES = (
+    Sizes(2, 1, 300, 2, 2, 64),
+    Sizes(2, 1, 5000, 8, 2, 128),
+    Sizes(2, 1, 5000, 16, 2, 256),
+    Sizes(2, 2, 300, 16, 2, 72),
+    Sizes(2, 2, 5000, 16, 2, 64),
+    Sizes(2, 16, 300, 8, 2, 256),
+    Sizes(2, 16, 5000, 8, 2, 128),
+    Sizes(2, 16, 5000, 2, 1, 64),
+    Sizes(2, 16, 5000, 2, 2, 16),
+)
+DECODE_OPTIONS = (
+    "plain", "normalised", "causal", "query-lengths", "key-lengths", "lengths-causal",
+    "padded-entry", "padded-entry-causal", "key-mask", "key-mask-causal", "key-mask-per-head",
+    "row-mask", "full-mask", "sparse-mask", "empty-mask", "window", "window-left", "window-causal",
+    "segments", "segments-causal", "scale-10", "scale-negative", "scale-learned-bounded",
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name, sizes, dtype",
+    [
+        (name, sizes, (F16, BF16)[(i + j) % 2])
+        for i, name in enumerate(DECODE_OPTIONS)
+        for j, sizes in enumerate(DECODE_SIZES)
+    ],
+    ids=str,
+)
+def test_decode(name, sizes, dtype):
+    check_options("cuda", name, dtype, sizes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("s", [300, 5000])
+@pytest.mark.parametrize(
+    "dtype, magnitude",
+    [(BF16, 1e30), (BF16, 1e-4), (BF16, 1.0), (F16, 1e3), (F16, 1e-4)],
+    ids=lambda x: f"{x:g}" if isinstance(x, float) else str(x),
+)
+def test_decode_takes_the_norms_of_all_keys(s, dtype, magnitude):
+    """Zero keys, keys of norm below 1e-6, and in bfloat16 keys whose squares overflow."""
+    inputs = make_inputs(dtype, b=1, t=2, s=s, n=4, k=1, h=64, magnitude=magnitude)
+    inputs["key"][:, 7:9] = 0
+    inputs["key"][:, 11] = 1e-7
+    if dtype == BF16:
+        huge = inputs["key"][:, 3::50].astype(np.float64) / magnitude * 1e36
+        inputs["key"][:, 3::50] = huge.astype(dtype)
+    check("cuda", inputs, is_causal=True, **learned(4))
+
+
+@pytest.mark.gpu
+def test_decode_repeats_bitwise():
+    inputs = make_inputs(BF16, b=1, t=1, s=5000, n=8, k=2, h=128)
+    tensors = tuple(jnp.asarray(inputs[x]) for x in ("query", "key", "value"))
+    attend = jax.jit(functools.partial(cosine_attention, implementation="cuda"))
+    first = np.asarray(attend(*tensors))
+    for _ in range(20):
+        np.testing.assert_array_equal(attend(*tensors), first)
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)

@@ -276,6 +276,62 @@ def test_bound_decides_about_the_running_maximum(kernels, dtype, options, unboun
     assert float(found["shift"].split(" :")[0]) == shift
 
 
+def splits_of(q, k, **options):
+    """Of the decode kernel in the call for these (shape, dtype); 0: the normal forward."""
+    arrays = tuple(jax.ShapeDtypeStruct(*x) for x in (q, k, k))
+    traced = {"bias": options.pop("bias")} if "bias" in options else {}
+    text = lowered(lambda q, k, v, x: cosine_attention(q, k, v, **x, **options), *arrays, traced)
+    (call,) = calls(text, "jax_cosine_attn_fwd")
+    return int(attributes(call)["splits"].split(" :")[0]), signature(call)[1]
+
+
+@pytest.mark.parametrize(
+    ("b", "t", "s", "n", "k", "h", "splits"),
+    [
+        (1, 1, 131_072, 32, 8, 128, 33),  # two CTAs on each of 132 SMs
+        (8, 1, 32_768, 32, 8, 128, 4),
+        (64, 1, 4096, 32, 8, 128, 1),
+        (64, 1, 131_072, 32, 8, 128, 16),  # at most 8192 keys each
+        (1, 1, 4096, 32, 8, 128, 16),  # at least 256
+        (1, 1, 255, 32, 8, 128, 0),
+        (1, 16, 512, 32, 8, 256, 2),  # 64 packed rows
+        (1, 17, 512, 8, 8, 128, 0),
+        (1, 16, 512, 40, 8, 128, 0),
+        (1, 1, 512, 8, 8, 8, 2),
+        (1, 1, 512, 8, 8, 100, 0),
+    ],
+)
+def test_few_queries_against_many_keys_are_split(kernels, b, t, s, n, k, h, splits):
+    q, keys = ((b, t, n, h), jnp.bfloat16), ((b, s, k, h), jnp.bfloat16)
+    found, results = splits_of(q, keys)
+    assert found == splits
+    k_hat, partials, arrivals = results[4], *results[9:]
+    if splits:
+        assert k_hat == f"{b}x{k}x0x{h}xbf16"
+        assert partials == f"{b}x{k}x{splits}x{n // k * t}x{h + 4}xf32"
+        assert arrivals == f"{b}x{k}xui32"
+    else:
+        assert k_hat.startswith(f"{b}x{k}x{s}x")
+        assert (partials, arrivals) == ("0xf32", "0xui32")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "is_split"),
+    [
+        (jnp.float16, {"scale": 11.0}, True),
+        (jnp.float16, {"scale": 12.0}, False),
+        (jnp.bfloat16, {"is_causal": True, "local_window_size": 100}, True),
+        (jnp.bfloat16, {"l2norm_groups": 2}, False),
+        (jnp.bfloat16, {"l2norm_groups": 2, "l2norm_qk": False}, True),
+        (jnp.bfloat16, {"bias": jax.ShapeDtypeStruct((1, 1, 1, 512), jnp.float32)}, False),
+        (jnp.float32, {}, False),
+    ],
+)
+def test_what_decode_takes(kernels, dtype, options, is_split):
+    found, _ = splits_of(((1, 1, 8, 64), dtype), ((1, 512, 2, 64), dtype), **options)
+    assert found == (2 if is_split else 0)
+
+
 @pytest.mark.parametrize(("reason", "options"), UNSUPPORTED.values(), ids=UNSUPPORTED)
 def test_what_the_kernels_do_not_do(kernels, reason, options, request):
     """Named by "cuda" and by why_not; None lowers to the blockwise implementation."""
