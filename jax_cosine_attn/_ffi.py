@@ -130,14 +130,22 @@ def _constant_shift(ops: Operands, bound: float | None) -> float | None:
     """c of exp(logit - c) that loses no row and overflows nowhere; None: the kernels need a running
     maximum, because logits have a bias or |scale| * groups <= bound is too weak.
 
-    float16 weights: exp(-11) is the last to keep some digits, exp(11.09) the largest. float32:
-    exp(-2 * 63 + 40) is still a normal number. bfloat16 has float32's range, but there the unit
-    rows of the forward, in float16, and of the backward, in bfloat16, must differ by little.
+    float16 weights: exp(-11) is the last to keep some digits, exp(11.09) the largest. Others:
+    exp(-2 * 63 + 40) is still a normal number of float32.
     """
-    largest = {jnp.float16.dtype: 11.0, jnp.bfloat16.dtype: 16.0}.get(ops.q.dtype, 63.0)
+    largest = 11.0 if ops.q.dtype == jnp.float16 else 63.0
     if bound is None or bound > largest or _has_bias(ops):
         return None
     return max(0.0, bound - 40.0)
+
+
+def _unit_row_dtype(ops: Operands, bound: float | None) -> Any:
+    """dtype of q^ and k^ in the forward. Unit vectors need no range: for bfloat16 inputs float16
+    keeps three bits more of them, while logits are small enough not to show that the backward has
+    rounded them to bfloat16."""
+    dtype = ops.q.dtype
+    small = bound is not None and bound <= 16.0 and not _has_bias(ops)
+    return jnp.float16 if dtype == jnp.bfloat16 and small else dtype
 
 
 def _decode_splits(ops: Operands, config: Config) -> int:
@@ -205,13 +213,22 @@ def _pre_pass(
     ops: Operands, config: Config, dtype: Any, decode: bool = False
 ) -> list[jax.ShapeDtypeStruct]:
     """Scratch of the pre-passes: q^, k^ unless for decode, v in rows of a multiple of 8 where H is
-    not one, and the cells of mask and segments."""
+    not one, the cells and the bits of mask, and the cells of segments."""
     t, n, s, k, h = shapes(ops, config)
     row = _padded(h, 8)
     cells: tuple[int, ...] = (0,)
+    bits: tuple[int, ...] = (0,)
+    keys: tuple[int, ...] = (0,)
     if ops.mask is not None:
         batch, heads, rows, cols = ops.mask.shape
-        cells = (batch, heads, -(-rows // _CELL_ROWS), -(-cols // _CELL_COLS))
+        words = -(-cols // _CELL_COLS)
+        bits = (batch, heads, words, rows)
+        # A mask over keys alone becomes a list of keys, as if there were no others. Biases and
+        # segments are not looked up through it.
+        if (heads, rows) == (1, 1) and cols == s and not _has_bias(ops) and ops.q_segments is None:
+            keys = (batch, words + 1 + cols)
+        else:
+            cells = (batch, heads, -(-rows // _CELL_ROWS), words)
     ranges = [
         (0,) if ids is None else (ids.shape[0], -(-ids.shape[1] // size), 2)
         for ids, size in ((ops.q_segments, _CELL_ROWS), (ops.kv_segments, _CELL_COLS))
@@ -221,6 +238,8 @@ def _pre_pass(
         jax.ShapeDtypeStruct((ops.k.shape[0], k, 0 if decode else s, row), dtype),
         jax.ShapeDtypeStruct((ops.v.shape[0], k, 0 if row == h else s, row), ops.v.dtype),
         jax.ShapeDtypeStruct(cells, jnp.uint8),
+        jax.ShapeDtypeStruct(bits, jnp.uint32),
+        jax.ShapeDtypeStruct(keys, jnp.int32),
         *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ranges),
     ]
 
@@ -231,9 +250,8 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
     dtype = ops.q.dtype
     shift = _constant_shift(ops, config.bound)
     splits = _decode_splits(ops, config)
-    # Unit vectors need no range: float16 keeps three bits more of them than bfloat16. Decode
-    # multiplies q^ with raw keys.
-    hat = jnp.float16 if dtype == jnp.bfloat16 and shift is not None and not splits else dtype
+    # Decode multiplies q^ with raw keys.
+    hat = dtype if splits else _unit_row_dtype(ops, config.bound)
     partials: tuple[int, ...] = (0,)
     arrivals: tuple[int, ...] = (0,)
     if splits:

@@ -133,6 +133,16 @@ OPTIONS: dict[str, Options] = {
     "key-mask": lambda z, rng: {"mask": mask(rng, z.b, 1, 1, z.s)},
     "key-mask-causal": lambda z, rng: {"mask": mask(rng, z.b, 1, 1, z.s), "is_causal": True},
     "key-mask-of-all-entries": lambda z, rng: {"mask": mask(rng, z.s)},
+    "key-mask-sparse-window-lengths": lambda z, rng: {
+        "mask": mask(rng, z.b, 1, 1, z.s, kept=0.2),
+        "local_window_size": (z.s // 4, 50),
+        "query_seq_lengths": int32(z.t, z.t - 40),
+        "key_value_seq_lengths": int32(z.s - 7, z.s),
+    },
+    "key-mask-segments": lambda z, rng: {
+        "mask": mask(rng, 1, 1, 1, z.s),
+        "segment_ids": (ids(rng, z.b, z.t), ids(rng, z.b, z.s)),
+    },
     "key-mask-per-head": lambda z, rng: {"mask": mask(rng, 1, z.n, 1, z.s)},
     "row-mask": lambda z, rng: {"mask": mask(rng, z.b, 1, z.t, 1)},
     "full-mask": lambda z, rng: {"mask": mask(rng, z.b, z.n, z.t, z.s)},

@@ -80,7 +80,7 @@ struct Attributes {
 struct Operands {
   const ffi::AnyBuffer &q, &k, &v, &scale, &bias, &relative_bias, &mask, &q_lengths, &kv_lengths,
       &q_segments, &kv_segments;
-  ffi::AnyBuffer &mask_cells, &q_ranges, &kv_ranges;
+  ffi::AnyBuffer &mask_cells, &mask_bits, &mask_keys, &q_ranges, &kv_ranges;
 };
 enum Field { kQ, kK, kV, kScale, kBias, kRelativeBias, kMask, kQLengths, kKvLengths, kQSegments,
              kKvSegments, kFields };
@@ -155,7 +155,8 @@ int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
                    const Attributes& attributes) {
   const auto& [q, k, v, scale, bias, relative_bias, mask, q_lengths, kv_lengths, q_segments,
-               kv_segments, mask_cells, q_ranges, kv_ranges] = operands;
+               kv_segments, mask_cells, mask_bits, mask_keys, q_ranges, kv_ranges] =
+      operands;
   Inputs in{};
   in.dtype = q.element_type();
   check.require(arithmetic_of(in.dtype, attributes.three_passes, in.arithmetic),
@@ -197,8 +198,16 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
     check_pairs("mask", mask, ffi::PRED);
     if (!check.ok()) return in;
     const auto d = mask.dimensions();
-    check.shape("mask_cells", mask_cells, ffi::U8,
-                {d[0], d[1], ceil_div(d[2], kCellRows), ceil_div(d[3], kCellCols)});
+    if (is_absent(mask_keys)) {
+      check.shape("mask_cells", mask_cells, ffi::U8,
+                  {d[0], d[1], ceil_div(d[2], kCellRows), ceil_div(d[3], kCellCols)});
+    } else {
+      check.require(d[1] == 1 && d[2] == 1 && is_absent(bias) && is_absent(relative_bias) &&
+                        is_absent(q_segments),
+                    "a list of keys for mask " + shape_text(mask));
+      check.shape("mask_keys", mask_keys, ffi::S32, {d[0], ceil_div(d[3], kCellCols) + 1 + d[3]});
+    }
+    check.shape("mask_bits", mask_bits, ffi::U32, {d[0], d[1], ceil_div(d[3], kCellCols), d[2]});
   }
   FloatType bias_type{};
   if (!is_absent(bias)) {
@@ -259,14 +268,16 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
   p.q_lengths = lengths(q_lengths, p.seqlen_q, attributes.div[kQLengths]);
   p.kv_lengths = lengths(kv_lengths, p.seqlen_k, attributes.div[kKvLengths]);
   if (!is_absent(mask)) {
-    const auto cells = mask_cells.dimensions();
+    const auto d = mask.dimensions();
     set_strides(p.mask, mask);
     p.mask.data = static_cast<const uint8_t*>(mask.untyped_data());
-    p.mask.batch = {mask.dimensions()[0], attributes.div[kMask]};
-    p.mask.cell_data = static_cast<uint8_t*>(mask_cells.untyped_data());
-    p.mask.cell_heads = static_cast<int>(cells[1]);
-    p.mask.cell_rows = static_cast<int>(cells[2]);
-    p.mask.cell_cols = static_cast<int>(cells[3]);
+    p.mask.batch = {d[0], attributes.div[kMask]};
+    p.mask.heads = static_cast<int>(d[1]);
+    p.mask.rows = static_cast<int>(d[2]);
+    p.mask.cols = static_cast<int>(d[3]);
+    p.mask.cells = static_cast<uint8_t*>(mask_cells.untyped_data());
+    p.mask.bits = static_cast<uint32_t*>(mask_bits.untyped_data());
+    if (!is_absent(mask_keys)) p.mask.keys = static_cast<int32_t*>(mask_keys.untyped_data());
   }
   const auto segments = [](const ffi::AnyBuffer& ids, ffi::AnyBuffer& ranges, int cell, int64_t div) {
     if (is_absent(ids)) return Segments{};
@@ -306,7 +317,7 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                    ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths, ffi::AnyBuffer kv_lengths,
                    ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, Result out, Result lse,
                    Result lse_low, Result q_hat, Result k_hat, Result v_padded, Result mask_cells,
-                   Result q_ranges, Result kv_ranges, Result partials, Result arrivals,
+                   Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges, Result partials, Result arrivals,
                    bool heads_first, bool l2norm_qk, int32_t groups, int32_t left, int32_t right,
                    bool three_passes, bool unbounded, float shift, int32_t splits,
                    ffi::Span<const int64_t> div) {
@@ -317,7 +328,7 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   const Inputs in = read_inputs(
       check,
       {q, k, v, scale, bias, relative_bias, mask, q_lengths, kv_lengths, q_segments, kv_segments,
-       *mask_cells, *q_ranges, *kv_ranges},
+       *mask_cells, *mask_bits, *mask_keys, *q_ranges, *kv_ranges},
       d[0], {heads_first, l2norm_qk, three_passes, unbounded, groups, left, right, div});
   if (!check.ok()) return check.error();
 
@@ -332,7 +343,12 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
     check.shape("partials", *partials, ffi::F32, {p.batch, kv, splits, rows, hp + 4});
     check.shape("arrivals", *arrivals, ffi::U32, {p.batch, kv});
   }
-  const ffi::DataType hat = unbounded || decode || in.dtype == ffi::F32 ? in.dtype : ffi::F16;
+  Arithmetic arithmetic = in.arithmetic;
+  if (arithmetic == Arithmetic::kBfloat16 && !unbounded && !decode &&
+      q_hat->element_type() == ffi::F16) {
+    arithmetic = Arithmetic::kFloat16Bfloat16;
+  }
+  const ffi::DataType hat = arithmetic == Arithmetic::kFloat16Bfloat16 ? ffi::F16 : in.dtype;
   check.shape("out", *out, in.dtype, {p.batch, q.dimensions()[1], q.dimensions()[2], p.head_dim});
   check.shape("lse", *lse, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("lse_low", *lse_low, ffi::F32, {p.batch, n, p.seqlen_q});
@@ -343,7 +359,7 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   if (!check.ok()) return check.error();
 
   return to_error(launch_forward(stream, {.problem = p,
-                                          .arithmetic = in.arithmetic,
+                                          .arithmetic = arithmetic,
                                           .shift = shift,
                                           .q = in.q,
                                           .k = in.k,
@@ -367,7 +383,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                     ffi::AnyBuffer lse, ffi::AnyBuffer lse_low, ffi::AnyBuffer dout,
                     ffi::AnyBuffer dlse, Result dq, Result dk, Result dv, Result dscale, Result dbias,
                     Result drelative_bias, Result q_hat, Result k_hat, Result v_padded,
-                    Result mask_cells, Result q_ranges, Result kv_ranges, Result dout_padded,
+                    Result mask_cells, Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges,
+                    Result dout_padded,
                     Result q_inverse_norm, Result k_inverse_norm, Result row_stats, Result row_sums,
                     Result dq_accum, bool heads_first, bool l2norm_qk, int32_t groups, int32_t left,
                     int32_t right, bool three_passes, bool unbounded, ffi::Span<const int64_t> div) {
@@ -378,7 +395,7 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   const Inputs in = read_inputs(
       check,
       {q, k, v, scale, bias, relative_bias, mask, q_lengths, kv_lengths, q_segments, kv_segments,
-       *mask_cells, *q_ranges, *kv_ranges},
+       *mask_cells, *mask_bits, *mask_keys, *q_ranges, *kv_ranges},
       d[0], {heads_first, l2norm_qk, three_passes, unbounded, groups, left, right, div});
   if (!check.ok()) return check.error();
 
@@ -489,6 +506,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Ret<AnyBuffer>()  // k_hat
                                   .Ret<AnyBuffer>()  // v_padded
                                   .Ret<AnyBuffer>()  // mask_cells
+                                  .Ret<AnyBuffer>()  // mask_bits
+                                  .Ret<AnyBuffer>()  // mask_keys
                                   .Ret<AnyBuffer>()  // q_ranges
                                   .Ret<AnyBuffer>()  // kv_ranges
                                   .Ret<AnyBuffer>()  // partials
@@ -534,6 +553,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Ret<AnyBuffer>()  // k_hat
                                   .Ret<AnyBuffer>()  // v_padded
                                   .Ret<AnyBuffer>()  // mask_cells
+                                  .Ret<AnyBuffer>()  // mask_bits
+                                  .Ret<AnyBuffer>()  // mask_keys
                                   .Ret<AnyBuffer>()  // q_ranges
                                   .Ret<AnyBuffer>()  // kv_ranges
                                   .Ret<AnyBuffer>()  // dout_padded

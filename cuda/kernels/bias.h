@@ -43,15 +43,10 @@ __device__ inline bool is_masked_by(const Bias& bias, int b, int head, int i, in
   return static_cast<float>(data[i * bias.stride_row + j * bias.stride_col]) == -INFINITY;
 }
 
-// Whether row i may attend key j, everything considered: for a few pairs only.
+// Whether row i may attend key j, biases considered too: for a few pairs only.
 __device__ inline bool is_allowed(const Problem& p, const Visible& visible, int head, int i, int j) {
   const int b = visible.b;
-  if (!visible.in_range(i, j)) return false;
-  if (p.q_segments.data != nullptr && p.q_segments.row(b)[i] != p.kv_segments.row(b)[j]) return false;
-  if (p.mask.data != nullptr &&
-      !p.mask.at(b, head)[i * p.mask.stride_row + j * p.mask.stride_col]) {
-    return false;
-  }
+  if (!visible.is_allowed(p, head, i, j)) return false;
   if (p.relative_bias.data != nullptr) {
     const RelativeBias& relative = p.relative_bias;
     const float* data =

@@ -7,35 +7,74 @@ namespace jca {
 
 constexpr int kCellThreads = 256;
 
-// Extents of the mask's own axes, 1 where it is broadcast.
-struct MaskCellParams {
-  Mask mask;
-  int64_t heads_and_batch;
-  int heads, rows, cols;
-};
-
-__global__ void __launch_bounds__(kCellThreads) condense_mask(const MaskCellParams params) {
-  const Mask& mask = params.mask;
+__global__ void __launch_bounds__(kCellThreads) condense_mask(const Mask mask) {
   const int64_t cell = int64_t(blockIdx.x) * (kCellThreads / 32) + threadIdx.x / 32;
-  const int64_t cells = int64_t(mask.cell_rows) * mask.cell_cols;
-  if (cell >= params.heads_and_batch * cells) return;
-  const int64_t bh = cell / cells;
-  const int row = int(cell % cells / mask.cell_cols), col = int(cell % mask.cell_cols);
+  const int rows = mask.cell_rows(), cols = mask.cell_cols();
+  const int64_t bh = cell / cols / rows;
+  if (bh >= mask.batch.size * mask.heads) return;
+  const int first_row = int(cell / cols % rows) * kCellRows, col = int(cell % cols);
   const int lane = threadIdx.x % 32, j = col * kCellCols + lane;
-  const uint8_t* data = mask.data + bh / params.heads * mask.stride_batch +
-                        bh % params.heads * mask.stride_head + j * mask.stride_col;
-  bool allowed = false, forbidden = false;
-  if (j < params.cols) {
-    const int end = min((row + 1) * kCellRows, params.rows);
-#pragma unroll 4
-    for (int i = row * kCellRows; i < end; ++i) {
-      const bool value = data[i * mask.stride_row] != 0;
-      allowed = allowed || value;
-      forbidden = forbidden || !value;
+  const bool inside = mask.cols == 1 || j < mask.cols;
+  const uint8_t* data = mask.data + bh / mask.heads * mask.stride_batch +
+                        bh % mask.heads * mask.stride_head + (inside ? j : 0) * mask.stride_col;
+  const unsigned all = __ballot_sync(0xffffffff, inside);
+  unsigned some = 0, every = all;
+  for (int i0 = first_row; i0 < min(first_row + kCellRows, mask.rows); i0 += 32) {
+    unsigned word = 0;  // of row i0 + lane
+#pragma unroll 8
+    for (int r = 0; r < min(32, mask.rows - i0); ++r) {
+      const unsigned row = __ballot_sync(0xffffffff, inside && data[(i0 + r) * mask.stride_row] != 0);
+      if (lane == r) word = row;
+      some |= row;
+      every &= row;
+    }
+    if (i0 + lane < mask.rows) mask.bits[(bh * cols + col) * mask.rows + i0 + lane] = word;
+  }
+  if (lane == 0) {
+    mask.cells[cell] = (some != 0 ? kSomeAllowed : 0) | (every != all ? kSomeForbidden : 0);
+  }
+}
+
+constexpr int kListThreads = 1024;
+
+// The keys of one entry of a mask over keys alone. A warp takes kWords words at a time.
+__global__ void __launch_bounds__(kListThreads) list_keys(const Mask mask) {
+  constexpr int kWarps = kListThreads / 32, kWords = 4;
+  static_assert(kWarps == 32);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, words = mask.cell_cols();
+  const uint8_t* data = mask.data + blockIdx.x * mask.stride_batch;
+  uint32_t* bits = mask.bits + int64_t(blockIdx.x) * words;
+  int32_t* ranks = mask.keys + int64_t(blockIdx.x) * mask.keys_size();
+  int32_t* keys = ranks + words + 1;
+  __shared__ int counts[kWarps];
+  int total = 0;
+  for (int first = 0; first < words; first += kWarps * kWords) {
+    unsigned word[kWords];
+    int count = 0;
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int j = (first + warp * kWords + w) * 32 + lane;
+      word[w] = __ballot_sync(0xffffffff, j < mask.cols && data[j * mask.stride_col] != 0);
+      count += __popc(word[w]);
+    }
+    __syncthreads();  // the last counts have been read
+    if (lane == 0) counts[warp] = count;
+    __syncthreads();
+    const int others = counts[lane];
+    int rank = total + __reduce_add_sync(0xffffffff, lane < warp ? others : 0);
+    total += __reduce_add_sync(0xffffffff, others);
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) {
+      const int at = first + warp * kWords + w;
+      if (at < words && lane == 0) {
+        bits[at] = word[w];
+        ranks[at] = rank;
+      }
+      if (word[w] >> lane & 1) keys[rank + __popc(word[w] & ((1u << lane) - 1))] = at * 32 + lane;
+      rank += __popc(word[w]);
     }
   }
-  const bool any = __any_sync(0xffffffff, allowed), not_all = __any_sync(0xffffffff, forbidden);
-  if (lane == 0) mask.cell_data[cell] = (any ? kSomeAllowed : 0) | (not_all ? kSomeForbidden : 0);
+  if (threadIdx.x == 0) ranks[words] = total;
 }
 
 __global__ void __launch_bounds__(kCellThreads) condense_segments(const Segments segments) {

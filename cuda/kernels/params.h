@@ -19,7 +19,8 @@ constexpr float kMinNorm = 1e-6f;  // a slice below it counts as a zero row
 struct BatchIndex {
   int64_t size = 1;
   int64_t div = 1;
-  __host__ __device__ int64_t operator()(int64_t b) const { return (b / div) % size; }
+  // Both fit into 32 bits, where divisions are several times cheaper.
+  __host__ __device__ int64_t operator()(int b) const { return unsigned(b) / unsigned(div) % unsigned(size); }
 };
 
 // [batch, rows, heads, H] tensor in either memory order; the last axis is contiguous.
@@ -36,7 +37,7 @@ struct Rows {
     __device__ T* row(int i) const { return data + int64_t(i) * stride; }
   };
   template <typename T>
-  __device__ Head<T> head(int64_t b, int head) const {
+  __device__ Head<T> head(int b, int head) const {
     return {static_cast<T*>(data) + batch(b) * stride_batch + head * stride_head,
             static_cast<int>(stride_row)};
   }
@@ -48,7 +49,7 @@ struct Lengths {
   int full = 0;
   BatchIndex batch;
 
-  __device__ int operator()(int64_t b) const {
+  __device__ int operator()(int b) const {
     if (data == nullptr) return full;
     const int length = data[batch(b)];
     return length < 0 ? 0 : length > full ? full : length;
@@ -59,17 +60,22 @@ struct Lengths {
 constexpr int kCellRows = 64, kCellCols = 32;
 enum CellBits : uint8_t { kSomeAllowed = 1, kSomeForbidden = 2 };
 
-// bool [., 1|N, 1|T, 1|S]: which pairs may be attended. Broadcast axes have stride 0.
+// bool [., heads, rows, cols]: which pairs may be attended. Broadcast axes have extent 1 and stride 0.
+// A pre-pass packs it, and kernels read what that wrote.
 struct Mask {
   const uint8_t* data = nullptr;
   int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_col = 0;
   BatchIndex batch;
-  uint8_t* cell_data = nullptr;  // scratch [., 1|N, rows, cols] of CellBits
-  int cell_heads = 1, cell_rows = 1, cell_cols = 1;
+  int heads = 1, rows = 1, cols = 1;
+  uint8_t* cells = nullptr;  // scratch [., heads, cell_rows, cell_cols] of CellBits
+  uint32_t* bits = nullptr;  // scratch [., heads, cell_cols, rows]: bit l of word (c, i) is pair (i, 32 c + l)
+  // Scratch [., cell_cols + 1 + cols], or null: of a mask over keys alone, how many keys it allows before
+  // each word, and their list. Kernels then run over these keys as if there were no others.
+  int32_t* keys = nullptr;
 
-  __device__ const uint8_t* at(int64_t b, int head) const {
-    return data + batch(b) * stride_batch + head * stride_head;
-  }
+  __host__ __device__ int cell_rows() const { return (rows + kCellRows - 1) / kCellRows; }
+  __host__ __device__ int cell_cols() const { return (cols + kCellCols - 1) / kCellCols; }
+  __host__ __device__ int keys_size() const { return cell_cols() + 1 + cols; }
 };
 
 // int32 [., L]: a pair is allowed only within one segment.
@@ -80,7 +86,6 @@ struct Segments {
   int2* ranges = nullptr;  // scratch [., cells]: least and largest id of each
 
   __host__ __device__ int cells() const { return (seqlen + cell - 1) / cell; }
-  __device__ const int32_t* row(int64_t b) const { return data + batch(b) * seqlen; }
 };
 
 enum class FloatType { kFloat16, kBfloat16, kFloat32 };

@@ -126,15 +126,13 @@ struct RowLanes {
 
 // One block: kRowsPerBlock rows of one (batch, head); x = row blocks * heads * batch.
 struct RowBlock {
-  int64_t b;
-  int head, row;
+  int b, head, row;
 
   template <int kLanes>
   __device__ static RowBlock of_thread(int rows, int heads) {
     constexpr int kRows = RowLanes<kLanes>::kRowsPerBlock;
-    const int blocks = (rows + kRows - 1) / kRows;
-    const int64_t id = blockIdx.x;
-    return {id / blocks / heads, int(id / blocks % heads),
+    const unsigned blocks = (rows + kRows - 1) / kRows, id = blockIdx.x;
+    return {int(id / blocks / heads), int(id / blocks % heads),
             int(id % blocks) * kRows + int(threadIdx.x) / kLanes};
   }
 };
@@ -188,7 +186,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
         }
       }
       if (params.inverse_norm != nullptr && valid && L::lane() == 0) {
-        const int64_t row = (at.b * params.num_heads + at.head) * params.seqlen + at.row;
+        const int64_t row = (int64_t(at.b) * params.num_heads + at.head) * params.seqlen + at.row;
         params.inverse_norm[row * p.groups + g] = live ? float(r * scale) : 0.f;
       }
     }
@@ -209,7 +207,7 @@ __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams para
   const RowBlock at = RowBlock::of_thread<kLanes>(params.stats.seqlen_padded, p.num_heads);
   if (at.row >= params.stats.seqlen_padded) return;  // whole warps: rows per block divide Tp
 
-  const int64_t bh = at.b * p.num_heads + at.head;
+  const int64_t bh = int64_t(at.b) * p.num_heads + at.head;
   const float lse =
       at.row < p.q_lengths(at.b) ? params.lse[bh * p.seqlen_q + at.row] : -INFINITY;
   const bool live = lse != -INFINITY;
@@ -243,7 +241,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
   const RowBlock at = RowBlock::of_thread<kLanes>(p.seqlen_q, p.num_heads);
   const bool valid = at.row < p.seqlen_q;
   const int row = valid ? at.row : 0;
-  const int64_t bh = at.b * p.num_heads + at.head;
+  const int64_t bh = int64_t(at.b) * p.num_heads + at.head;
   // A dead row may hold NaN in q.
   const bool live = valid && params.stats.row(bh, kLse)[row] != INFINITY;
 

@@ -1,5 +1,6 @@
 // Which keys a query row may see, and which blocks of keys a block of rows needs: one definition for
 // every kernel. Query i of batch entry b stands at position i + (S_b - T_b) among the keys.
+// A key below is one of those that a list of keys holds, where there is one.
 //
 // Lengths, causal and windows are intervals and cost a few comparisons. Masks and segments are data: a
 // pre-pass condenses them into cells of kCellRows x kCellCols pairs, so that a block in which nothing
@@ -14,25 +15,11 @@ struct BlockKind {
   bool any, all;  // some pair, every pair of the block is allowed
 };
 
-// CellBits of all cells that rows i0 ... i1 and keys j0 ... j1 touch.
-__device__ inline unsigned cell_bits(const Mask& mask, int b, int head, int i0, int i1, int j0, int j1) {
-  const int last_row = mask.cell_rows - 1, last_col = mask.cell_cols - 1;
-  const uint8_t* cells = mask.cell_data + (mask.batch(b) * mask.cell_heads + head % mask.cell_heads) *
-                                              mask.cell_rows * mask.cell_cols;
-  unsigned found = 0;
-  for (int r = min(i0 / kCellRows, last_row); r <= min(i1 / kCellRows, last_row); ++r) {
-    for (int c = min(j0 / kCellCols, last_col); c <= min(j1 / kCellCols, last_col); ++c) {
-      found |= cells[r * mask.cell_cols + c];
-    }
-  }
-  return found;
-}
-
 // Least and largest id of the cells that positions first ... last touch.
-__device__ inline int2 id_range(const Segments& segments, int b, int first, int last) {
-  const int2* cells = segments.ranges + segments.batch(b) * segments.cells();
-  int2 all = cells[first / segments.cell];
-  for (int c = first / segments.cell + 1; c <= last / segments.cell; ++c) {
+template <int kCell>
+__device__ inline int2 id_range(const int2* cells, int first, int last) {
+  int2 all = cells[first / kCell];
+  for (int c = first / kCell + 1; c <= last / kCell; ++c) {
     all = {min(all.x, cells[c].x), max(all.y, cells[c].y)};
   }
   return all;
@@ -42,25 +29,58 @@ __device__ inline int2 id_range(const Segments& segments, int b, int first, int 
 // hold forbidden pairs, and registers are scarce in between.
 struct Visible {
   int b;
-  int seqlen_q, seqlen_k;  // T_b, S_b
-  int offset;              // S_b - T_b
+  int seqlen_q;    // T_b
+  int seqlen_k;    // keys below S_b
+  int position_k;  // S_b
+  int offset;      // S_b - T_b
   int left, right;
+  // What the operands hold for this entry, null without them. Batch indices cost divisions.
+  const uint8_t* mask_cells;
+  const uint32_t* mask_bits;
+  const int32_t *ranks, *keys;
+  const int32_t *q_ids, *kv_ids;
+  const int2 *q_ranges, *kv_ranges;
 
   // Called by every thread.
   __device__ static void init(Visible& shared, const Problem& p, int b) {
     if (threadIdx.x == 0) {
       const int seqlen_q = p.q_lengths(b), seqlen_k = p.kv_lengths(b);
-      shared = {b, seqlen_q, seqlen_k, seqlen_k - seqlen_q, p.left, p.right};
+      shared = {b, seqlen_q, seqlen_k, seqlen_k, seqlen_k - seqlen_q, p.left, p.right};
+      if (p.mask.data != nullptr) {
+        const int64_t words = p.mask.batch(b) * p.mask.heads * p.mask.cell_cols();
+        shared.mask_bits = p.mask.bits + words * p.mask.rows;
+        if (p.mask.keys == nullptr) {
+          shared.mask_cells = p.mask.cells + words * p.mask.cell_rows();
+        } else {
+          shared.ranks = p.mask.keys + p.mask.batch(b) * p.mask.keys_size();
+          shared.keys = shared.ranks + p.mask.cell_cols() + 1;
+          shared.seqlen_k = shared.rank(seqlen_k);
+        }
+      }
+      if (p.q_segments.data != nullptr) {
+        const int64_t q = p.q_segments.batch(b), kv = p.kv_segments.batch(b);
+        shared.q_ids = p.q_segments.data + q * p.seqlen_q;
+        shared.kv_ids = p.kv_segments.data + kv * p.seqlen_k;
+        shared.q_ranges = p.q_segments.ranges + q * p.q_segments.cells();
+        shared.kv_ranges = p.kv_segments.ranges + kv * p.kv_segments.cells();
+      }
     }
     __syncthreads();
   }
 
-  // Position alone, without mask and segments: keys [first_key, end_key) are seen by row i.
-  __device__ int first_key(int i) const { return max(0, i + offset - left); }
-  __device__ int end_key(int i) const {
-    return i < seqlen_q ? max(0, min(seqlen_k, i + offset + right + 1)) : 0;
+  // The position of key j, and the keys before a position.
+  __device__ int position(int j) const { return keys == nullptr ? j : keys[j]; }
+  __device__ int rank(int position) const {
+    if (keys == nullptr) return position;
+    const unsigned before = (1u << (position % 32)) - 1;
+    return ranks[position / 32] + (before == 0 ? 0 : __popc(mask_bits[position / 32] & before));
   }
-  __device__ bool in_range(int i, int j) const { return j >= first_key(i) && j < end_key(i); }
+
+  // Position alone, without mask and segments: keys [first_key, end_key) are seen by row i.
+  __device__ int first_key(int i) const { return rank(max(0, min(position_k, i + offset - left))); }
+  __device__ int end_key(int i) const {
+    return i < seqlen_q ? rank(max(0, min(position_k, i + offset + right + 1))) : 0;
+  }
 
   // Keys [k_begin, k_end) can be seen by rows [i0, i1), as far as position tells.
   __device__ int k_begin(int i0) const { return first_key(i0); }
@@ -68,26 +88,63 @@ struct Visible {
     return i0 < seqlen_q ? end_key(min(i1, seqlen_q) - 1) : 0;
   }
   // Rows [q_begin, q_end) can see keys [j0, j1).
-  __device__ int q_begin(int j0) const { return max(0, j0 - offset - right); }
+  __device__ int q_begin(int j0) const {
+    return j0 < seqlen_k ? max(0, position(j0) - offset - right) : 0;
+  }
   __device__ int q_end(int j0, int j1) const {
     const int last = min(j1, seqlen_k) - 1;
-    return j0 > last ? 0 : max(0, min(seqlen_q, last - offset + left + 1));
+    return j0 > last ? 0 : max(0, min(seqlen_q, position(last) - offset + left + 1));
+  }
+
+  // Bits of the mask: row i, keys 32 c ... 32 c + 31.
+  __device__ unsigned mask_word(const Mask& mask, int head, int i, int c) const {
+    const int cols = mask.cell_cols();
+    const int64_t column = (mask.heads == 1 ? 0 : head) * cols + min(c, cols - 1);
+    return mask_bits[column * mask.rows + min(i, mask.rows - 1)];
+  }
+  // CellBits of all cells that rows i0 ... i1 and keys j0 ... j1 touch.
+  __device__ unsigned cell_bits(const Mask& mask, int head, int i0, int i1, int j0, int j1) const {
+    const int rows = mask.cell_rows(), cols = mask.cell_cols();
+    const uint8_t* cells = mask_cells + int64_t(mask.heads == 1 ? 0 : head) * rows * cols;
+    unsigned found = 0;
+    for (int r = min(i0 / kCellRows, rows - 1); r <= min(i1 / kCellRows, rows - 1); ++r) {
+      for (int c = min(j0 / kCellCols, cols - 1); c <= min(j1 / kCellCols, cols - 1); ++c) {
+        found |= cells[int64_t(r) * cols + c];
+      }
+    }
+    return found;
+  }
+
+  // Which of keys 32 c ... 32 c + 31 row i may attend, biases aside.
+  __device__ unsigned allowed(const Problem& p, int head, int i, int c) const {
+    const int j0 = c * 32;
+    // Bits from x on, x in [0, 32].
+    const auto from = [](int x) { return __funnelshift_lc(0u, ~0u, x); };
+    unsigned word = from(max(0, min(32, first_key(i) - j0))) & ~from(max(0, min(32, end_key(i) - j0)));
+    if (mask_cells != nullptr) word &= mask_word(p.mask, head, i, c);
+    return word;
+  }
+  __device__ bool in_one_segment(int i, int j) const { return q_ids == nullptr || q_ids[i] == kv_ids[j]; }
+  __device__ bool is_allowed(const Problem& p, int head, int i, int j) const {
+    return allowed(p, head, i, j / 32) >> (j % 32) & 1 && in_one_segment(i, j);
   }
 
   // The block of rows [i0, i1) and keys [j0, j1).
   __device__ BlockKind block(const Problem& p, int head, int i0, int i1, int j0, int j1) const {
     const int last_i = min(i1, seqlen_q) - 1, last_j = min(j1, seqlen_k) - 1;
     if (i0 > last_i || j0 > last_j) return {false, false};
-    const int nearest = j0 - last_i - offset, farthest = last_j - i0 - offset;
+    const int nearest = position(j0) - last_i - offset;
+    const int farthest = position(last_j) - i0 - offset;
     BlockKind kind{farthest >= -left && nearest <= right,
                    i1 <= seqlen_q && j1 <= seqlen_k && nearest >= -left && farthest <= right};
-    if (kind.any && p.q_segments.data != nullptr) {
-      const int2 q = id_range(p.q_segments, b, i0, last_i), k = id_range(p.kv_segments, b, j0, last_j);
+    if (kind.any && q_ranges != nullptr) {
+      const int2 q = id_range<kCellRows>(q_ranges, i0, last_i);
+      const int2 k = id_range<kCellCols>(kv_ranges, j0, last_j);
       kind.any = q.y >= k.x && k.y >= q.x;
       kind.all = kind.all && q.x == q.y && k.x == k.y && q.x == k.x;
     }
-    if (kind.any && p.mask.data != nullptr) {
-      const unsigned found = cell_bits(p.mask, b, head, i0, last_i, j0, last_j);
+    if (kind.any && mask_cells != nullptr) {
+      const unsigned found = cell_bits(p.mask, head, i0, last_i, j0, last_j);
       kind.any = found & kSomeAllowed;
       kind.all = kind.all && !(found & kSomeForbidden);
     }
@@ -99,10 +156,27 @@ struct Visible {
 // with a window of its own in shared memory: 32 blocks are looked at together, one a lane.
 struct BlockWindow {
   unsigned any, all;  // bit i: of block (first & ~31) + i
+  int end;
 
-  // The first block from `first` on, or -1. kind_of(block) is its BlockKind.
+  // The first block of first ... last - 1, or -1. kind_of(block) is its BlockKind.
   template <class KindOf>
-  __device__ int seek(int first, int end, KindOf kind_of) {
+  __device__ int seek(int first, int last, KindOf kind_of) {
+    __syncwarp();
+    end = last;
+    __syncwarp();
+    return seek(first, kind_of);
+  }
+  // The one after `block`, or -1.
+  template <class KindOf>
+  __device__ int next(int block, KindOf kind_of) {
+    const unsigned rest = any >> (block & 31) >> 1;
+    return rest ? block + __ffs(rest) : seek((block & ~31) + 32, kind_of);
+  }
+  __device__ bool is_all(int block) const { return all >> (block & 31) & 1; }
+
+ private:
+  template <class KindOf>
+  __device__ int seek(int first, KindOf kind_of) {
     while (first < end) {
       const int block = (first & ~31) + int(threadIdx.x) % 32;
       const BlockKind kind = block < end ? kind_of(block) : BlockKind{false, false};
@@ -119,18 +193,11 @@ struct BlockWindow {
     }
     return -1;
   }
-  // The one after `block`, or -1.
-  template <class KindOf>
-  __device__ int next(int block, int end, KindOf kind_of) {
-    const unsigned rest = any >> (block & 31) >> 1;
-    return rest ? block + __ffs(rest) : seek((block & ~31) + 32, end, kind_of);
-  }
-  __device__ bool is_all(int block) const { return all >> (block & 31) & 1; }
 };
 
 // Whether keys below seqlen_k may be unseen by every row.
 __device__ inline bool may_leave_dead_keys(const Problem& p) {
-  return p.mask.data != nullptr || p.q_segments.data != nullptr || p.left < kUnlimited ||
+  return (p.mask.data != nullptr && p.mask.keys == nullptr) || p.q_segments.data != nullptr || p.left < kUnlimited ||
          p.bias.data != nullptr || p.relative_bias.data != nullptr;
 }
 
@@ -144,52 +211,57 @@ struct FragmentAt {
   __device__ int col_of(int n, int e) const { return j0 + n * 8 + e % 2; }
 };
 
-// Logits of pairs that may not be attended become -inf.
+// Logits of pairs that may not be attended become -inf. Rows and keys past the end read the last one:
+// position hides them.
 template <int kM, int kN>
 __device__ inline void hide(float (&s)[kM][kN][4], const Problem& p, const Visible& visible, int head,
                             FragmentAt at) {
+  constexpr int kPart = kN < 4 ? kN : 4;  // blocks of columns within one word
+  static_assert(kN % kPart == 0);
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
+  for (int n0 = 0; n0 < kN; n0 += kPart) {
+    const int j = at.col_of(n0, 0);
+    unsigned words[kM][2];  // from the bit of key j on
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int i = at.row_of(m, 2 * half);
-      const int first = visible.first_key(i), end = visible.end_key(i);
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-      for (int n = 0; n < kN; ++n) {
+      for (int half = 0; half < 2; ++half) {
+        words[m][half] = visible.allowed(p, head, at.row_of(m, 2 * half), j / 32) >> (j % 32);
+      }
+    }
+    if (visible.q_ids != nullptr) {
+      int ids[kM][2];
 #pragma unroll
-        for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          const int j = at.col_of(n, e);
-          if (j < first || j >= end) s[m][n][e] = -INFINITY;
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          ids[m][half] = visible.q_ids[min(at.row_of(m, 2 * half), p.seqlen_q - 1)];
+        }
+      }
+      // Rolled: the ids of all keys at once would take their registers.
+#pragma unroll 1
+      for (int n = 0; n < kPart; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int id = visible.kv_ids[min(at.col_of(n0 + n, e), p.seqlen_k - 1)];
+#pragma unroll
+          for (int m = 0; m < kM; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              if (ids[m][half] != id) words[m][half] &= ~(1u << (n * 8 + e));
+            }
+          }
         }
       }
     }
-  }
-  if (p.q_segments.data == nullptr && p.mask.data == nullptr) return;
-
-  // Rows and keys past the end read the last one; position has hidden them.
-  const int last_i = p.seqlen_q - 1, last_j = p.seqlen_k - 1;
 #pragma unroll
-  for (int m = 0; m < kM; ++m) {
-    // A rolled loop over bits: loads for all elements at once would take their registers.
-    unsigned hidden = 0;
-#pragma unroll 1
-    for (int bit = 0; bit < kN * 4; ++bit) {
-      const int i = min(at.row_of(m, bit % 4), last_i), j = min(at.col_of(bit / 4, bit % 4), last_j);
-      bool forbidden = false;
-      if (p.q_segments.data != nullptr) {
-        forbidden = p.q_segments.row(visible.b)[i] != p.kv_segments.row(visible.b)[j];
-      }
-      if (p.mask.data != nullptr) {
-        forbidden = forbidden || !p.mask.at(visible.b, head)[i * p.mask.stride_row +
-                                                             j * p.mask.stride_col];
-      }
-      hidden |= unsigned(forbidden) << bit;
-    }
+    for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
+      for (int n = 0; n < kPart; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (hidden >> (n * 4 + e) & 1) s[m][n][e] = -INFINITY;
+        for (int e = 0; e < 4; ++e) {
+          if (!(words[m][e / 2] >> (n * 8 + e % 2) & 1)) s[m][n0 + n][e] = -INFINITY;
+        }
       }
     }
   }

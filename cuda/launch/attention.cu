@@ -23,6 +23,7 @@ Status with_dtype(Arithmetic arithmetic, F f) {
     case Arithmetic::kFloat16:
       return f(__half{});
     case Arithmetic::kBfloat16:
+    case Arithmetic::kFloat16Bfloat16:
       return f(__nv_bfloat16{});
     default:
       return f(float{});
@@ -116,14 +117,12 @@ Status condense(cudaStream_t stream, const Problem& p) {
   };
   if (p.mask.data != nullptr) {
     const Mask& mask = p.mask;
-    const int64_t heads_and_batch = mask.batch.size * mask.cell_heads;
-    const MaskCellParams params{.mask = mask,
-                                .heads_and_batch = heads_and_batch,
-                                .heads = mask.cell_heads,
-                                .rows = mask.stride_row == 0 ? 1 : p.seqlen_q,
-                                .cols = mask.stride_col == 0 ? 1 : p.seqlen_k};
-    condense_mask<<<blocks(heads_and_batch * mask.cell_rows * mask.cell_cols), kCellThreads, 0,
-                    stream>>>(params);
+    if (mask.keys != nullptr) {
+      list_keys<<<static_cast<unsigned>(mask.batch.size), kListThreads, 0, stream>>>(mask);
+    } else {
+      const int64_t cells = mask.batch.size * mask.heads * mask.cell_rows() * mask.cell_cols();
+      condense_mask<<<blocks(cells), kCellThreads, 0, stream>>>(mask);
+    }
   }
   for (const Segments& segments : {p.q_segments, p.kv_segments}) {
     if (segments.data == nullptr) continue;
@@ -159,12 +158,13 @@ Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arit
 
 template <typename T>
 Status forward(cudaStream_t stream, const ForwardCall& call) {
-  // launch/sm80_fwd_bfloat16*.cu say why.
-  using BoundedHat = std::conditional_t<std::is_same_v<T, float>, float, __half>;
   const Problem& p = call.problem;
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  const auto normalize = call.unbounded ? normalize_qk<T, T> : normalize_qk<T, BoundedHat>;
+  auto normalize = normalize_qk<T, T>;
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    if (call.arithmetic == Arithmetic::kFloat16Bfloat16) normalize = normalize_qk<T, __half>;
+  }
   status = normalize(stream, p, !call.unbounded, call.q, call.k, call.q_hat, call.k_hat, nullptr,
                      nullptr);
   if (!status.ok()) return status;
@@ -254,6 +254,13 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
       (in_double ? sizeof(double) : sizeof(float)) * p.batch * p.num_heads * size_t(p.seqlen_q) * p.head_dim_padded;
   status = status_of(cudaMemsetAsync(call.dq_accum, 0, accum_bytes, stream), "clearing dq_accum");
   if (!status.ok()) return status;
+  if (p.mask.keys != nullptr) {  // keys that are not in a list
+    for (const Rows& rows : {call.dk, call.dv}) {
+      const size_t bytes = sizeof(T) * p.batch * p.num_heads_kv * size_t(p.seqlen_k) * p.head_dim;
+      status = status_of(cudaMemsetAsync(rows.data, 0, bytes, stream), "clearing dk and dv");
+      if (!status.ok()) return status;
+    }
+  }
   const std::pair<const BiasGradient*, int64_t> biases[] = {
       {&call.dbias, call.dbias_size}, {&call.drelative_bias, call.drelative_bias_size}};
   for (const auto& [gradient, size] : biases) {

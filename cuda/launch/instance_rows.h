@@ -12,6 +12,7 @@ using InstanceRow = std::vector<Instance>;
 
 InstanceRow sm80_fwd_float16();
 InstanceRow sm80_fwd_bfloat16();
+InstanceRow sm80_fwd_float16_bfloat16();
 InstanceRow sm80_fwd_tf32();
 InstanceRow sm80_fwd_3xtf32();
 InstanceRow sm80_fwd_float16_unbounded();

@@ -24,6 +24,8 @@ const char* name(Arithmetic arithmetic) {
       return "float16";
     case Arithmetic::kBfloat16:
       return "bfloat16";
+    case Arithmetic::kFloat16Bfloat16:
+      return "float16-bfloat16";
     case Arithmetic::kTf32:
       return "tf32";
     case Arithmetic::kThreeTf32:
@@ -36,7 +38,8 @@ std::span<const Instance> instances() {
   static const std::vector<Instance> table = [] {
     std::vector<Instance> rows;
     for (const InstanceRow& row :
-         {sm80_fwd_float16(), sm80_fwd_bfloat16(), sm80_fwd_tf32(), sm80_fwd_3xtf32(),
+         {sm80_fwd_float16(), sm80_fwd_bfloat16(), sm80_fwd_float16_bfloat16(), sm80_fwd_tf32(),
+          sm80_fwd_3xtf32(),
           sm80_fwd_float16_unbounded(), sm80_fwd_bfloat16_unbounded(),
           sm80_fwd_tf32_unbounded(), sm80_fwd_3xtf32_unbounded(),
           sm80_bwd_float16(), sm80_bwd_bfloat16(), sm80_bwd_tf32(), sm80_bwd_3xtf32(),

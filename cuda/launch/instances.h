@@ -8,8 +8,9 @@ namespace jca {
 
 enum class Direction { kForward, kBackward, kDecode };
 
-// Element type of q, k, v, and how float32 products are taken.
-enum class Arithmetic { kFloat16, kBfloat16, kTf32, kThreeTf32 };
+// Element type of q, k, v, and how products are taken. kFloat16Bfloat16: bfloat16 inputs, unit rows in
+// float16.
+enum class Arithmetic { kFloat16, kBfloat16, kFloat16Bfloat16, kTf32, kThreeTf32 };
 
 inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
 

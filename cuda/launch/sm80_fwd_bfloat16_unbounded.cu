@@ -2,8 +2,6 @@
 
 namespace jca {
 
-// q^ and k^ in bfloat16, as in the backward: at large scales P of differently rounded rows would not
-// sum to one there.
 InstanceRow sm80_fwd_bfloat16_unbounded() {
   using namespace sm80;
   return fwd_row<Half16<__nv_bfloat16>, Half16<__nv_bfloat16>, true>(Arithmetic::kBfloat16);

@@ -133,11 +133,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   const auto gQ = params.q_hat.head<const T>(b, 0);
   const auto gdO = params.dout.head<const T>(b, 0);
   const auto load_stage = [&](int stage, int head, int m0) {
-    const auto load = [&](const auto& tile, const auto& rows, int64_t stride_head) {
-      load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
-        const bool valid = m0 + r < visible.seqlen_q;
-        return SourceRow{rows.row(valid ? m0 + r : 0) + head * stride_head, valid};
-      });
+    const auto load = [&](const auto& tile, auto rows, int64_t stride_head) {
+      rows.data += head * stride_head;
+      load_rows_async<kThreads>(tile, p.head_dim_padded, rows, m0, visible.seqlen_q);
     };
     load(stage_q(stage), gQ, params.q_hat.stride_head);
     load(stage_do(stage), gdO, params.dout.stride_head);
@@ -156,10 +154,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   float rdK[kMK][kNK][4] = {}, rdV[kMK][kNK][4] = {};
 
   const auto load_keys = [&](const auto& tile, const auto& rows) {
-    load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
-      const bool valid = n0 + r < visible.seqlen_k;
-      return SourceRow{rows.row(valid ? n0 + r : 0), valid};
-    });
+    load_rows_async<kThreads>(tile, p.head_dim_padded, rows, n0, visible.seqlen_k, visible.keys);
   };
   // A step is one block of query rows of one query head; m_block -1 after the last one.
   int head = head_kv * group;
@@ -208,7 +203,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
       }
       __syncthreads();
     }
-    m_block = window.next(m_block, end_m(), kind_of);
+    m_block = window.next(m_block, kind_of);
     if (m_block < 0 && ++head < (head_kv + 1) * group) m_block = seek();
     if (kStages == 2 && m_block >= 0) load_stage(1 - stage, head, m_block * kBlockM);
 
@@ -335,6 +330,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
 
   // dv straight from the registers; dk through shared memory, one row to a group of lanes.
   __syncthreads();
+  // Keys that are not in a list have been given zeros.
+  const int end_key = visible.keys == nullptr ? p.seqlen_k : visible.seqlen_k;
   float* sdK = reinterpret_cast<float*>(smem);
   const auto gdV = params.dv.head<T>(b, head_kv);
 #pragma unroll
@@ -347,8 +344,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
         const int h = at_dk.n0 + n * 8 + 2 * (lane % 4);
         sdK[r * Tile::kDkPitch + h] = rdK[m][n][half * 2];
         sdK[r * Tile::kDkPitch + h + 1] = rdK[m][n][half * 2 + 1];
-        if (n0 + r < p.seqlen_k) {
-          store_pair<Op>(gdV.row(n0 + r), h, p.head_dim, rdV[m][n][half * 2],
+        if (n0 + r < end_key) {
+          store_pair<Op>(gdV.row(visible.position(n0 + r)), h, p.head_dim, rdV[m][n][half * 2],
                          rdV[m][n][half * 2 + 1]);
         }
       }
@@ -363,8 +360,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   // Every lane of a warp takes part in the sums of norm_backward, so the row count is uniform.
   for (int r0 = 0; r0 < kBlockN; r0 += kThreads / kLanes) {
     const int r = r0 + int(threadIdx.x) / kLanes;
-    const bool valid = r < kBlockN && n0 + r < p.seqlen_k;
-    const int row = valid ? n0 + r : 0;
+    const bool valid = r < kBlockN && n0 + r < end_key;
+    const int row = valid ? visible.position(n0 + r) : 0;
     constexpr float unit = Tile::kUnbounded ? 1.f : kLn2;  // q^ carries log2 e
     float a[L::kElems], k[L::kElems], magnitude = 0.f;
 #pragma unroll

@@ -152,7 +152,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     const int j0 = first_key_of(block);
     BlockKind kind{false, true};
 #pragma unroll 1
-    for (int g = 0; g < (p.mask.cell_heads > 1 ? group : 1); ++g) {
+    for (int g = 0; g < (p.mask.heads > 1 ? group : 1); ++g) {
       const BlockKind of_head =
           visible.block(p, head + g, 0, p.seqlen_q, j0, j0 + Tile::kTeamKeys);
       kind = {kind.any || of_head.any, kind.all && of_head.all};
@@ -163,13 +163,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     return TileKV{reinterpret_cast<T*>(smem + ((stage * kTeams + team) * 2 + which) * TileKV::kBytes)};
   };
   const auto load_keys = [&](const TileKV& to, const auto& from, int j0) {
-    load_tile_async<kTeamThreads>(
-        to, p.head_dim,
-        [&](int r) {
-          const bool valid = j0 + r < visible.seqlen_k;
-          return SourceRow{from.row(valid ? j0 + r : 0), valid};
-        },
-        team_thread);
+    load_rows_async<kTeamThreads>(to, p.head_dim, from, j0, visible.seqlen_k, visible.keys,
+                                  team_thread);
   };
 
   typename Op::A rQ[kSteps];
@@ -190,24 +185,15 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = at.row_of(0, 2 * half), i = r % p.seqlen_q;
-      const int first = visible.first_key(i), end = r < rows ? visible.end_key(i) : 0;
-      const uint8_t* mask = nullptr;
-      if (p.mask.data != nullptr) {
-        mask = p.mask.at(b, head + r / p.seqlen_q) + i * p.mask.stride_row;
-      }
-      const int32_t* segments = nullptr;
-      int segment = 0;
-      if (p.q_segments.data != nullptr) {
-        segments = p.kv_segments.row(b);
-        segment = p.q_segments.row(b)[i];
-      }
+      const int j = at.col_of(0, 0);
+      const unsigned word =
+          r < rows ? visible.allowed(p, head + r / p.seqlen_q, i, j / 32) >> (j % 32) : 0;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int j = at.col_of(e / 2, e % 2);
-        bool seen = j >= first && j < end;
-        if (seen && segments) seen = segments[j] == segment;
-        if (seen && mask) seen = mask[j * p.mask.stride_col];
-        if (!seen) s[e / 2][2 * half + e % 2] = -INFINITY;
+        const int bit = e / 2 * 8 + e % 2;
+        if (!(word >> bit & 1) || !visible.in_one_segment(i, j + bit)) {
+          s[e / 2][2 * half + e % 2] = -INFINITY;
+        }
       }
     }
   };
@@ -233,7 +219,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         load_keys(tile(stage, which), keys_and_values[which], j0);
       }
       in_stage[stage] = 2 * block + window.is_all(block);
-      block = window.next(block, end, kind_of);
+      block = window.next(block, kind_of);
     } else {
       in_stage[stage] = kNone;
     }

@@ -105,10 +105,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const auto gV = params.v.head<const TV>(b, head_kv);
   const auto gO = params.out.head<TV>(b, head);
   const auto load_keys = [&](const auto& tile, const auto& rows, int n0) {
-    load_tile_async<kThreads>(tile, p.head_dim_padded, [&](int r) {
-      const bool valid = n0 + r < visible.seqlen_k;
-      return SourceRow{rows.row(valid ? n0 + r : 0), valid};
-    });
+    load_rows_async<kThreads>(tile, p.head_dim_padded, rows, n0, visible.seqlen_k, visible.keys);
     ptx::cp_async_commit();
   };
   const auto end_n = [&] { return (visible.k_end(m0, m0 + kBlockM) + kBlockN - 1) / kBlockN; };
@@ -124,10 +121,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 
   int n_block = window.seek(visible.k_begin(m0) / kBlockN, end_n(), kind_of);
   if (n_block >= 0) {
-    load_tile_async<kThreads>(sQ, p.head_dim_padded, [&](int r) {
-      const bool valid = m0 + r < visible.seqlen_q;
-      return SourceRow{gQ.row(valid ? m0 + r : 0), valid};
-    });
+    load_rows_async<kThreads>(sQ, p.head_dim_padded, gQ, m0, visible.seqlen_q);
     load_keys(sK, gK, n_block * kBlockN);
   }
   while (n_block >= 0) {
@@ -182,7 +176,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       }
     }
 
-    n_block = window.next(n_block, end_n(), kind_of);
+    n_block = window.next(n_block, kind_of);
     ptx::cp_async_wait<0>();
     if (all || !may_leave_dead_keys(p)) {
       __syncthreads();  // V has arrived; K has been read by every warp

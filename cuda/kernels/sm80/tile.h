@@ -268,31 +268,41 @@ __device__ inline void store_pair(typename Op::T* row, int h, int head_dim, floa
   }
 }
 
-// A row to copy from: `data` lies inside the tensor even when the row is to be filled with zeros.
-template <typename T>
-struct SourceRow {
-  const T* data;
-  bool valid;
-};
-
-// Fills a tile by cp.async, 16 bytes a thread and step: row r comes from source(r), columns from `cols`
-// on are zeros. Source rows are 16-byte aligned and `cols` is a multiple of 8. `thread` is one of kThreads.
-template <int kThreads, class Tile, class Source>
-__device__ inline void load_tile_async(const Tile& tile, int cols, Source source,
-                                       unsigned thread = threadIdx.x) {
-  // A thread keeps its column where the thread count allows.
-  constexpr bool kFixedColumn = kThreads % Tile::kChunks == 0;
-  constexpr int kAll = Tile::kRows * Tile::kChunks;
+// Fills a tile by cp.async, 16 bytes a thread and step: with rows i0 ... of a head, those below `end`, at
+// the positions in `list` if there is one. The rest, and columns from `cols` on, are zeros. Rows are 16-byte
+// aligned and `cols` is a multiple of 8. `thread` is one of kThreads.
+template <int kThreads, class Tile, class Head>
+__device__ inline void load_rows_async(const Tile& tile, int cols, const Head& rows, int i0, int end,
+                                       const int32_t* list = nullptr, unsigned thread = threadIdx.x) {
+  constexpr int kAll = Tile::kRows * Tile::kChunks, kSteps = (kAll + kThreads - 1) / kThreads;
+  // Where a thread keeps its column, and rows keep their place in the swizzle, both addresses only advance.
+  constexpr int kRowsPerStep = kThreads / Tile::kChunks;
+  constexpr bool kAdvances = kThreads % Tile::kChunks == 0 && kRowsPerStep % 8 == 0;
+  if (kAdvances && list == nullptr) {
+    const int row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
+    const int col = chunk * Tile::kChunk;
+    const int valid_rows = col < cols ? end - i0 - row : 0;
+    const auto* from = rows.row(i0 + row) + col;
+    const uint32_t to = ptx::smem_address(tile.chunk(row, chunk));
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      if (kAll % kThreads != 0 && row + step * kRowsPerStep >= Tile::kRows) break;
+      const bool valid = step * kRowsPerStep < valid_rows;
+      ptx::cp_async_16(to + step * kRowsPerStep * Tile::kCols * int(sizeof(typename Tile::T)),
+                       valid ? from : rows.data, valid);
+      from += int64_t(kRowsPerStep) * rows.stride;
+    }
+    return;
+  }
 #pragma unroll 4
-  for (int step = 0; step < (kAll + kThreads - 1) / kThreads; ++step) {
+  for (int step = 0; step < kSteps; ++step) {
     const unsigned i = thread + step * kThreads;
     if (kAll % kThreads != 0 && i >= kAll) break;
-    const int row = i / Tile::kChunks;
-    const int chunk = (kFixedColumn ? thread : i) % Tile::kChunks;
-    const auto from = source(row);
-    const int col = chunk * Tile::kChunk;
-    const bool valid = from.valid && col < cols;
-    ptx::cp_async_16(ptx::smem_address(tile.chunk(row, chunk)), from.data + (valid ? col : 0), valid);
+    const int row = i / Tile::kChunks, chunk = i % Tile::kChunks, col = chunk * Tile::kChunk;
+    const bool valid = i0 + row < end && col < cols;
+    const int from = !valid ? 0 : list == nullptr ? i0 + row : list[i0 + row];
+    ptx::cp_async_16(ptx::smem_address(tile.chunk(row, chunk)), rows.row(from) + (valid ? col : 0),
+                     valid);
   }
 }
 
