@@ -16,6 +16,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from shapes import PRESETS, Preset, Shape
-from timing import measure
+from timing import launch_as_graphs, measure
 
 import jax_cosine_attn
 
@@ -258,6 +259,7 @@ def provenance(commit: str) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "backend": jax.default_backend(),
         "runtime": jax.devices()[0].client.platform_version.splitlines()[-1],
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
         "versions": versions,
         "scale": SCALE,
     }
@@ -315,6 +317,7 @@ def chosen_shapes(arguments: argparse.Namespace, preset: Preset) -> list[Shape]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    launch_as_graphs()
     preset = PRESETS[arguments.preset or ("original" if jax.default_backend() == "gpu" else "cpu")]
     shapes = chosen_shapes(arguments, preset)
     if not shapes:

@@ -30,7 +30,7 @@ from bench_attention import (
     provenance,
 )
 from shapes import Shape
-from timing import measure
+from timing import launch_as_graphs, measure
 
 import jax_cosine_attn
 
@@ -113,6 +113,7 @@ def print_row(row: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    launch_as_graphs()
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument(
         "--batches", type=int, nargs="+", default=(1, 8, 64) if on_gpu else (1,), metavar="B"

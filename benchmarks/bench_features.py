@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from bench_attention import OURS, SCALE, family, git_commit, prepare, provenance
-from timing import measure
+from timing import launch_as_graphs, measure
 
 import jax_cosine_attn
 
@@ -118,6 +118,7 @@ def run(comparison: Comparison, direction: str, num_times: int) -> dict[str, Any
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    launch_as_graphs()
     on_gpu = jax.default_backend() == "gpu"
     parser.add_argument("--tokens", type=int, default=16_384 if on_gpu else 1024)
     parser.add_argument("--num-times", type=int, default=10)

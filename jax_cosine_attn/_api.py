@@ -214,7 +214,8 @@ def _rank_4(x: jax.Array | None) -> jax.Array | None:
 def _scale(raw: Operands, static: Static, n: int) -> jax.Array:
     dtype = jnp.float64 if raw.q.dtype == jnp.float64 else jnp.float32
     if static.scale is not None:
-        return jnp.full((1, n), static.scale, dtype)
+        # One element, which XLA folds into a literal: filling more takes a kernel of its own.
+        return jnp.full((1, 1), static.scale, dtype)
     scale, bound = raw.scale.astype(dtype), static.scale_bound
     if bound is not None:
         # Not jnp.clip, which halves the gradient at the bound.

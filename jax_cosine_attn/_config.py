@@ -19,7 +19,7 @@ class Operands(NamedTuple):
     q: jax.Array  # [., T, N, H], or [., N, T, H] in the "BNTH" layout
     k: jax.Array  # [., S, K, H], or [., K, S, H]
     v: jax.Array  # like k
-    scale: jax.Array  # [., N], float32 (float64 for float64 inputs), clamped
+    scale: jax.Array  # [., 1|N], float32 (float64 for float64 inputs), clamped
     bias: jax.Array | None = None  # [., 1|N, 1|T, 1|S]
     relative_bias: jax.Array | None = None  # [., 1|N, T + S - 1]
     mask: jax.Array | None = None  # bool [., 1|N, 1|T, 1|S]; True = may attend

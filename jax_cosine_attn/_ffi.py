@@ -28,8 +28,9 @@ _ROW_STATS = 3  # RowStat in cuda/kernels/params.h
 _UNLIMITED = 1 << 30
 _CELL_ROWS, _CELL_COLS = 64, 32
 # The decode kernel: what it takes (kMaxPackedRows and kMinSplitKeys in cuda/), the keys of a split,
-# and the CTAs that fill a GPU, two on each of the 132 SMs of an H100. Splits have an upper limit
-# for batches of unequal lengths: the longest entry would keep a few CTAs busy after all others.
+# and the CTAs that fill a GPU, two on each of the 132 SMs of an H100. Fewer keys than the shortest
+# split has are not worth a CTA. The longest is for batches of unequal lengths: the longest entry
+# would keep a few CTAs busy after all others.
 _DECODE_QUERIES, _PACKED_ROWS = 16, 64
 _SHORTEST_SPLIT, _LONGEST_SPLIT = 256, 8192
 _DECODE_BLOCKS = 264
@@ -166,8 +167,14 @@ def _decode_splits(ops: Operands, config: Config) -> int:
         or s < _SHORTEST_SPLIT
     ):
         return 0
-    wanted = max(_DECODE_BLOCKS // (config.batch * k), s // _LONGEST_SPLIT, 1)
-    return min(wanted, s // _SHORTEST_SPLIT)
+
+    def cost(splits: int) -> int:
+        # CTAs run in waves. Each takes as long as its keys, and to start, to fill its pipeline and
+        # to add up its results as long as the keys that are not worth a CTA.
+        waves = -(-config.batch * k * splits // _DECODE_BLOCKS)
+        return waves * (-(-s // splits) + _SHORTEST_SPLIT)
+
+    return min(range(max(1, s // _LONGEST_SPLIT), s // _SHORTEST_SPLIT + 1), key=cost)
 
 
 def _call(
@@ -212,8 +219,8 @@ def _padded(x: int, multiple: int) -> int:
 def _pre_pass(
     ops: Operands, config: Config, dtype: Any, decode: bool = False
 ) -> list[jax.ShapeDtypeStruct]:
-    """Scratch of the pre-passes: q^, k^ unless for decode, v in rows of a multiple of 8 where H is
-    not one, the cells and the bits of mask, and the cells of segments."""
+    """Scratch of the pre-passes: q^ and k^ unless for decode, v in rows of a multiple of 8 where H
+    is not one, the cells, bits and keys of mask, and the cells of segments."""
     t, n, s, k, h = shapes(ops, config)
     row = _padded(h, 8)
     cells: tuple[int, ...] = (0,)
@@ -234,7 +241,7 @@ def _pre_pass(
         for ids, size in ((ops.q_segments, _CELL_ROWS), (ops.kv_segments, _CELL_COLS))
     ]
     return [
-        jax.ShapeDtypeStruct((config.batch, n, t, row), dtype),
+        jax.ShapeDtypeStruct((config.batch, n, 0 if decode else t, row), dtype),
         jax.ShapeDtypeStruct((ops.k.shape[0], k, 0 if decode else s, row), dtype),
         jax.ShapeDtypeStruct((ops.v.shape[0], k, 0 if row == h else s, row), ops.v.dtype),
         jax.ShapeDtypeStruct(cells, jnp.uint8),
@@ -250,8 +257,7 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
     dtype = ops.q.dtype
     shift = _constant_shift(ops, config.bound)
     splits = _decode_splits(ops, config)
-    # Decode multiplies q^ with raw keys.
-    hat = dtype if splits else _unit_row_dtype(ops, config.bound)
+    hat = _unit_row_dtype(ops, config.bound)
     partials: tuple[int, ...] = (0,)
     arrivals: tuple[int, ...] = (0,)
     if splits:

@@ -1,6 +1,7 @@
 """The benchmark: what a row holds, and what counts as the time of a call."""
 
 import json
+import os
 
 import bench_attention
 import bench_decode
@@ -11,6 +12,11 @@ from shapes import PRESETS, Shape
 from timing import Kernel
 
 TINY = ["--shape", "2", "4", "2", "16", "--seq-lens", "24", "--num-times", "2"]
+
+
+@pytest.fixture(autouse=True)
+def flags_are_put_back(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
 
 
 def run(tmp_path, *options):
@@ -35,6 +41,7 @@ def test_runs_every_direction_and_mode_beside_xla(tmp_path, capsys):
     assert content["commit"] == "c0ffee"
     assert {"jax", "jaxlib"} <= content["versions"].keys()
     assert {"date", "device", "backend"} <= content.keys()
+    assert "--xla_gpu_graph_min_graph_size=1" in content["xla_flags"].split()
     assert "jax_cosine_attn" in capsys.readouterr().out
 
 
@@ -87,6 +94,15 @@ def test_16k_preset_keeps_tokens_and_width():
     shapes = PRESETS["tokens16k"].shapes
     assert {shape.batch * shape.seq_len for shape in shapes} == {16_384}
     assert {shape.num_heads * shape.head_dim for shape in shapes} == {2048}
+
+
+def test_flags_that_are_given_stay(monkeypatch):
+    given = "--xla_cpu_multi_thread_eigen=false --xla_gpu_graph_min_graph_size=5"
+    monkeypatch.setenv("XLA_FLAGS", given)
+    for _ in range(2):
+        timing.launch_as_graphs()
+    during_profiling = "--xla_enable_command_buffers_during_profiling=true"
+    assert os.environ["XLA_FLAGS"] == f"{given} {during_profiling}"
 
 
 MS = 1e6  # ns

@@ -55,7 +55,7 @@ def test_forward(kernels):
     text = lowered(lambda q, k, v: cosine_attention(q, k, v, is_causal=True), *arrays())
     (call,) = calls(text, "jax_cosine_attn_fwd")
     operands, results = signature(call)
-    assert operands[:4] == ["2x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16", "1x4xf32"]
+    assert operands[:4] == ["2x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16", "1x1xf32"]
     assert results[:2] == ["2x5x4x8xbf16", "2x4x5xf32"]
     found = attributes(call)
     assert (found["left"], found["right"]) == (f"{1 << 30} : i32", "0 : i32")
@@ -302,7 +302,9 @@ def splits_of(q, k, **options):
         (1, 1, 131_072, 32, 8, 128, 33),  # two CTAs on each of 132 SMs
         (8, 1, 32_768, 32, 8, 128, 4),
         (64, 1, 4096, 32, 8, 128, 1),
-        (64, 1, 131_072, 32, 8, 128, 16),  # at most 8192 keys each
+        (64, 1, 131_072, 32, 8, 128, 17),  # at most 8192 keys each, and 33 full waves
+        (40, 1, 8192, 32, 8, 128, 4),  # 320 CTAs would leave most of a second wave idle
+        (40, 1, 512, 32, 8, 128, 1),
         (1, 1, 4096, 32, 8, 128, 16),  # at least 256
         (1, 1, 255, 32, 8, 128, 0),
         (1, 16, 512, 32, 8, 256, 2),  # 64 packed rows
@@ -316,13 +318,13 @@ def test_few_queries_against_many_keys_are_split(kernels, b, t, s, n, k, h, spli
     q, keys = ((b, t, n, h), jnp.bfloat16), ((b, s, k, h), jnp.bfloat16)
     found, results = splits_of(q, keys)
     assert found == splits
-    k_hat, partials, arrivals = results[4], *results[-2:]
+    q_hat, k_hat, partials, arrivals = *results[3:5], *results[-2:]
     if splits:
-        assert k_hat == f"{b}x{k}x0x{h}xbf16"
+        assert (q_hat, k_hat) == (f"{b}x{n}x0x{h}xf16", f"{b}x{k}x0x{h}xf16")
         assert partials == f"{b}x{k}x{splits}x{n // k * t}x{h + 4}xf32"
         assert arrivals == f"{b}x{k}xui32"
     else:
-        assert k_hat.startswith(f"{b}x{k}x{s}x")
+        assert q_hat.startswith(f"{b}x{n}x{t}x") and k_hat.startswith(f"{b}x{k}x{s}x")
         assert (partials, arrivals) == ("0xf32", "0xui32")
 
 

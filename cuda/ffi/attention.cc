@@ -181,7 +181,10 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
                 "groups " + std::to_string(attributes.groups) + " do not divide H " +
                     std::to_string(h));
   check.shape("v", v, in.dtype, {-1, dk[1], dk[2], h});
-  check.shape("scale", scale, ffi::F32, {-1, n});
+  check.shape("scale", scale, ffi::F32, {-1, -1});
+  if (!check.ok()) return in;
+  check.require(scale.dimensions()[1] == 1 || scale.dimensions()[1] == n,
+                "scale: got " + shape_text(scale) + " for " + std::to_string(n) + " heads");
   check.require(batch >= 1 && dq[0] >= 1 && dk[0] >= 1 && v.dimensions()[0] >= 1 &&
                     scale.dimensions()[0] >= 1,
                 "empty batch");
@@ -289,8 +292,11 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
   };
   p.q_segments = segments(q_segments, q_ranges, kCellRows, attributes.div[kQSegments]);
   p.kv_segments = segments(kv_segments, kv_ranges, kCellCols, attributes.div[kKvSegments]);
-  p.scale.data = static_cast<const float*>(scale.untyped_data());
-  p.scale.batch = {scale.dimensions()[0], attributes.div[kScale]};
+  const auto of_scale = scale.dimensions();
+  p.scale = {.data = static_cast<const float*>(scale.untyped_data()),
+             .stride_batch = of_scale[1],
+             .stride_head = of_scale[1] == 1 ? 0 : 1,
+             .batch = {of_scale[0], attributes.div[kScale]}};
   if (!is_absent(bias)) {
     set_strides(p.bias, bias);
     p.bias.data = bias.untyped_data();
@@ -343,23 +349,22 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
     check.shape("partials", *partials, ffi::F32, {p.batch, kv, splits, rows, hp + 4});
     check.shape("arrivals", *arrivals, ffi::U32, {p.batch, kv});
   }
-  Arithmetic arithmetic = in.arithmetic;
-  if (arithmetic == Arithmetic::kBfloat16 && !unbounded && !decode &&
-      q_hat->element_type() == ffi::F16) {
-    arithmetic = Arithmetic::kFloat16Bfloat16;
-  }
-  const ffi::DataType hat = arithmetic == Arithmetic::kFloat16Bfloat16 ? ffi::F16 : in.dtype;
+  const bool half_rows =
+      in.dtype == ffi::BF16 && !unbounded && q_hat->element_type() == ffi::F16;
+  const ffi::DataType hat = half_rows ? ffi::F16 : in.dtype;
   check.shape("out", *out, in.dtype, {p.batch, q.dimensions()[1], q.dimensions()[2], p.head_dim});
   check.shape("lse", *lse, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("lse_low", *lse_low, ffi::F32, {p.batch, n, p.seqlen_q});
-  check.shape("q_hat", *q_hat, hat, {p.batch, n, p.seqlen_q, hp});
+  check.shape("q_hat", *q_hat, hat, {p.batch, n, decode ? 0 : p.seqlen_q, hp});
   check.shape("k_hat", *k_hat, hat, {k.dimensions()[0], kv, decode ? 0 : p.seqlen_k, hp});
   check.shape("v_padded", *v_padded, in.dtype,
               {v.dimensions()[0], kv, p.head_dim % 8 != 0 ? p.seqlen_k : 0, hp});
   if (!check.ok()) return check.error();
 
   return to_error(launch_forward(stream, {.problem = p,
-                                          .arithmetic = arithmetic,
+                                          .arithmetic = half_rows && !decode
+                                                            ? Arithmetic::kFloat16Bfloat16
+                                                            : in.arithmetic,
                                           .shift = shift,
                                           .q = in.q,
                                           .k = in.k,

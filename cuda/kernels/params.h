@@ -112,10 +112,15 @@ struct BiasGradient {
   int64_t batch = 1;
 };
 
-// float32 [., N]
+// float32 [., 1|N]. A broadcast axis has stride 0.
 struct HeadScale {
   const float* data = nullptr;
+  int64_t stride_batch = 0, stride_head = 0;
   BatchIndex batch;
+
+  __device__ float operator()(int64_t b, int head) const {
+    return data[batch(b) * stride_batch + head * stride_head];
+  }
 };
 
 struct Problem {
@@ -140,7 +145,6 @@ struct NormParams {
   Rows hat;             // [batch, heads, L, Hp], zeros past H
   float* inverse_norm;  // [batch, heads, L, groups], 0 for zero rows; may be null
   bool l2norm;
-  uint32_t* arrivals = nullptr;  // DecodeParams::arrivals, to be zeroed on the way; or null
 };
 
 struct FwdParams {
@@ -160,14 +164,13 @@ constexpr int kMinSplitKeys = 256;  // fewer are not worth a CTA of their own
 
 struct DecodeParams {
   Problem problem;
-  Rows q_hat;               // [B, N, T, H] unit rows times scale and log2 e
-  Rows k, v, out;           // raw
+  Rows q, k, v, out;        // raw
   float* lse;               // as in FwdParams
   float* lse_low;
   float shift, shift_log2;
   int splits;               // CTAs of a (batch, kv head)
   float* partials;          // [B, K, splits, N / K * T, H + 4]
-  uint32_t* arrivals;       // [B, K], zeroed: splits that are done
+  uint32_t* arrivals;       // [B, K], zeroed: splits that are done; unused with one split
 };
 
 // Rows of one (batch, head) in the per-row numbers of the backward, float32 [B, N, kRowStats, Tp].

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
 
   Real fold = 1;
   if (params.fold.data != nullptr) {
-    fold = Real(params.fold.data[params.fold.batch(at.b) * params.num_heads + at.head]) *
+    fold = Real(params.fold(at.b, at.head)) *
            (params.log2_units ? Real(1.4426950408889634) : Real(1));
   }
   if (!params.l2norm) {
@@ -192,10 +192,6 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
     }
   }
   if (valid) L::store(params.hat.head<THat>(at.b, at.head).row(at.row), x, p.head_dim_padded);
-  // There are at least N blocks for each batch entry.
-  if (params.arrivals != nullptr && threadIdx.x == 0 && blockIdx.x < p.batch * p.num_heads_kv) {
-    params.arrivals[blockIdx.x] = 0;
-  }
 }
 
 // delta = rowsum(dO * O) - dlse and lse, laid out for the backward's tiles. Whatever a dead row of dO or
@@ -252,7 +248,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
   const float dot =
       L::norm_backward(a, q, params.q_inverse_norm + (bh * p.seqlen_q + row) * p.groups, p.groups,
                        p.head_dim, p.l2norm);
-  const float scale = p.scale.data[p.scale.batch(at.b) * p.num_heads + at.head];
+  const float scale = p.scale(at.b, at.head);
 #pragma unroll
   for (int e = 0; e < L::kElems; ++e) a[e] = live ? a[e] * scale : 0.f;
   if (valid) L::store(params.dq.head<T>(at.b, at.head).row(row), a, p.head_dim);

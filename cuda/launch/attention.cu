@@ -70,7 +70,7 @@ Status pad_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int 
 // q^ of every batch entry of the call: it carries the entry's scale.
 template <typename T, typename THat>
 Status normalize_q(cudaStream_t stream, const Problem& problem, bool log2_units, const Rows& q,
-                   const Rows& q_hat, float* q_inverse_norm, uint32_t* arrivals = nullptr) {
+                   const Rows& q_hat, float* q_inverse_norm) {
   return normalize<T, THat>(stream, {.problem = problem,
                                      .x = q,
                                      .seqlen = problem.seqlen_q,
@@ -80,8 +80,7 @@ Status normalize_q(cudaStream_t stream, const Problem& problem, bool log2_units,
                                      .log2_units = log2_units,
                                      .hat = q_hat,
                                      .inverse_norm = q_inverse_norm,
-                                     .l2norm = problem.l2norm,
-                                     .arrivals = arrivals});
+                                     .l2norm = problem.l2norm});
 }
 
 // That, and k^ of every entry of k.
@@ -191,15 +190,17 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
                          });
 }
 
-template <typename T>
 Status decode(cudaStream_t stream, const ForwardCall& call) {
   const Problem& p = call.problem;
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  status = normalize_q<T, T>(stream, p, true, call.q, call.q_hat, nullptr, call.arrivals);
-  if (!status.ok()) return status;
+  if (call.splits > 1) {
+    const size_t bytes = sizeof(uint32_t) * p.batch * p.num_heads_kv;
+    status = status_of(cudaMemsetAsync(call.arrivals, 0, bytes, stream), "clearing arrivals");
+    if (!status.ok()) return status;
+  }
   const DecodeParams params{.problem = p,
-                            .q_hat = call.q_hat,
+                            .q = call.q,
                             .k = call.k,
                             .v = call.v,
                             .out = call.out,
@@ -324,10 +325,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
 }  // namespace
 
 Status launch_forward(cudaStream_t stream, const ForwardCall& call) {
-  if (call.splits > 0) {
-    return call.arithmetic == Arithmetic::kFloat16 ? decode<__half>(stream, call)
-                                                   : decode<__nv_bfloat16>(stream, call);
-  }
+  if (call.splits > 0) return decode(stream, call);
   return with_dtype(call.arithmetic,
                     [&](auto t) { return forward<decltype(t)>(stream, call); });
 }

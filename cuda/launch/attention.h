@@ -32,8 +32,8 @@ struct ForwardCall {
   uint32_t* arrivals;
 };
 // What decode takes beside what the forward does: 16-bit rows of a multiple of 8 elements, at most
-// kMaxPackedRows queries for a kv head, bounded logits, and keys with one norm or none. k_hat and v_padded
-// are unused.
+// kMaxPackedRows queries for a kv head, bounded logits, and keys with one norm or none. q_hat, k_hat and
+// v_padded are unused.
 constexpr int kMaxPackedRows = 64;
 Status launch_forward(cudaStream_t stream, const ForwardCall& call);
 

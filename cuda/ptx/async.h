@@ -26,9 +26,11 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Waits for `threads` threads, whole warps; memory as with __syncthreads. Barrier 0 is __syncthreads.
-__device__ inline void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+// Waits for kThreads threads, whole warps; memory as with __syncthreads. Barrier 0 is __syncthreads. The id
+// is an immediate: of one in a register ptxas reserves all 16, and racecheck cannot tell them apart.
+template <int kId, int kThreads>
+__device__ inline void named_barrier() {
+  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
 }
 
 // Two adjacent reductions in L2; of float32 one instruction from sm_90 on ("red", .v2).

@@ -1,16 +1,17 @@
 // Decode of the portable family: few query rows against many keys, bound by the bytes of k and v.
 //
 // The query heads of one kv head are packed into one tile of rows, so each key and value is read once, as
-// it lies in memory: a key's norm is taken from the tile that the product needs anyway. CTAs split the
-// keys. Logits are bounded, P = exp(S - c) has the same constant c everywhere, and so partial results are
-// plain sums: the last CTA of a (batch, kv head) adds them up, in a fixed order, and divides.
+// it lies in memory: a key's norm is taken from the tile that the product needs anyway. Queries are raw too:
+// their norm and scale are a factor of the finished product. CTAs split the keys. Logits are bounded,
+// P = exp(S - c) has the same constant c everywhere, and so partial results are plain sums: the last CTA of
+// a (batch, kv head) adds them up, in a fixed order, and divides.
 #pragma once
 
 #include "kernels/sm80/fwd.h"
 
 namespace jca::sm80 {
 
-// Packed row r is query r % T of head r / T of the kv head: the order in which q^ and lse have them.
+// Packed row r is query r % T of head r / T of the kv head: the order in which lse has them.
 //
 // A team of kTeamWarps warps, 16 rows each, streams keys through a pipeline of its own; the teams of a CTA
 // share its keys out, and meet once, when they add up. A team of one needs no barrier at all.
@@ -33,7 +34,52 @@ struct DecodeTile {
   static_assert(kSmemBytes >= kTeams * kBlockM * (kHeadDim + 4) * int(sizeof(float)));
 };
 
-// s += q^ k^T of this warp's rows and 16 keys, from row n0 of the tile on. With kSquares, squares[n] +=
+// Waits for this warp's team.
+template <class Tile>
+__device__ inline void sync_team(int team) {
+  static_assert(Tile::kTeamWarps == 1 || Tile::kTeams <= 2);
+  constexpr int kThreads = 32 * Tile::kTeamWarps;
+  if constexpr (Tile::kTeamWarps == 1) {
+    __syncwarp();
+  } else if constexpr (Tile::kTeams == 1) {
+    __syncthreads();
+  } else if (team == 0) {
+    ptx::named_barrier<1, kThreads>();
+  } else {
+    ptx::named_barrier<2, kThreads>();
+  }
+}
+
+// 1 / the norm of row lane / 4 + 8 * half of q, after that row has been divided by a power of two near its
+// largest element, so that 1e30 does not overflow: that is exact, but for elements of float16 2^14 times
+// smaller. Done to float16 too, in place: of unchanged rows the compiler keeps float32 copies, 520 bytes of
+// spills at H 256.
+template <class Op, int kSteps>
+__device__ inline float inverse_norm(typename Op::A (&q)[kSteps], int half) {
+  float largest = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * kSteps; ++i) {
+    const float2 x = Op::unpack(q[i / 2].r[i % 2 * 2 + half]);
+    largest = fmaxf(largest, fmaxf(fabsf(x.x), fabsf(x.y)));
+  }
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
+  largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 2));
+  const int exponent = min(__float_as_int(largest) >> 23, 253);
+  const float power = __int_as_float((254 - exponent) << 23);
+  float squares = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * kSteps; ++i) {
+    uint32_t& pair = q[i / 2].r[i % 2 * 2 + half];
+    const float2 x = Op::unpack(pair);
+    pair = Op::pack(x.x * power, x.y * power);
+    squares = fmaf(x.x * power, x.x * power, fmaf(x.y * power, x.y * power, squares));
+  }
+  squares += __shfl_xor_sync(0xffffffff, squares, 1);
+  squares += __shfl_xor_sync(0xffffffff, squares, 2);
+  return 1.f / fmaxf(sqrtf(squares), kMinNorm * power);
+}
+
+// s += q k^T of this warp's rows and 16 keys, from row n0 of the tile on. With kSquares, squares[n] +=
 // this thread's share of the sum of squares of key n * 8 + lane / 4; with kFactor, those keys are
 // multiplied by factor[n] first.
 template <class Op, bool kSquares, bool kFactor, int kSteps, class Tile>
@@ -128,9 +174,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   // What the stages hold, as 2 * block + whether all pairs are allowed; every warp's own.
   __shared__ int stage_blocks[Tile::kWarps][kStages];
   constexpr int kNotYet = -2, kNone = -1;
-  __shared__ Rows::Head<const T> keys_and_values[2];
+  __shared__ Rows::Head<const T> queries, keys_and_values[2];
   if (threadIdx.x < 2) {
     keys_and_values[threadIdx.x] = (threadIdx.x == 0 ? params.k : params.v).head<const T>(b, head_kv);
+  } else if (threadIdx.x == 2) {
+    queries = params.q.head<const T>(b, head);
   }
   __shared__ Visible visible;
   Visible::init(visible, p, b);
@@ -167,17 +215,17 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
                                   team_thread);
   };
 
+  const auto row_of = [&](int half) { return m0 + lane / 4 + 8 * half; };
   typename Op::A rQ[kSteps];
-  {
-    const auto gQ = params.q_hat.head<const T>(b, head);
-    const auto pair = [&](int r, int h) {
-      return r < rows && h < p.head_dim ? *reinterpret_cast<const uint32_t*>(gQ.row(r) + h) : 0;
-    };
-    const int r = m0 + lane / 4;
 #pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const int h = step * Op::kK + 2 * (lane % 4);
-      rQ[step] = {pair(r, h), pair(r + 8, h), pair(r, h + 8), pair(r + 8, h + 8)};
+  for (int half = 0; half < 2; ++half) {
+    const int r = row_of(half);
+    const T* const row = queries.row(r % p.seqlen_q) + r / p.seqlen_q * params.q.stride_head;
+#pragma unroll
+    for (int i = 0; i < 2 * kSteps; ++i) {
+      const int h = i * 8 + 2 * (lane % 4);
+      rQ[i / 2].r[i % 2 * 2 + half] =
+          r < rows && h < p.head_dim ? *reinterpret_cast<const uint32_t*>(row + h) : 0;
     }
   }
   const auto hide_pairs = [&](float (&s)[2][4], int j0) {
@@ -203,15 +251,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   BlockWindow& window = windows[threadIdx.x / 32];
   int* const in_stage = stage_blocks[threadIdx.x / 32];
   for (int stage = 0; stage < kStages; ++stage) in_stage[stage] = kNotYet;
+  float factor[2];  // of a row's products with unit keys, in units of log2 e
   int block = window.seek(begin, end, kind_of);
   for (int stage = 0;;) {
     ptx::cp_async_wait<kStages - 2>();
     // The oldest block has arrived, and the one before it has been read, for the whole team.
-    if constexpr (Tile::kTeamWarps == 1) {
-      __syncwarp();
-    } else {
-      ptx::named_barrier(1 + team, kTeamThreads);
-    }
+    sync_team<Tile>(team);
     if (block >= 0) {
       const int j0 = first_key_of(block);
 #pragma unroll 1
@@ -227,7 +272,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     stage = stage == kStages - 1 ? 0 : stage + 1;
     const int oldest = in_stage[stage];
     if (oldest == kNone) break;
-    if (oldest == kNotYet || m0 >= rows) continue;  // warps without rows help to load
+    if (m0 >= rows) continue;  // warps without rows help to load
+    if (oldest == kNotYet) {
+      if (stage < kStages - 1) continue;
+      // Taken here, where the first keys are on their way.
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int r = row_of(half);
+        factor[half] = r < rows ? p.scale(b, head + r / p.seqlen_q) * kLog2e : 0.f;
+        if (p.l2norm) factor[half] *= inverse_norm<Op>(rQ, half);
+      }
+      continue;
+    }
 
     const TileKV sK = tile(stage, 0), sV = tile(stage, 1);
     const bool all = oldest % 2;
@@ -240,12 +296,19 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
         float none[2];
         key_products<Op, false, false>(rS[0], none, rQ, sK, n0, {1.f, 1.f});
       }
+#pragma unroll
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          rS[0][n][e] = fmaf(rS[0][n][e], factor[e / 2], -params.shift_log2);
+        }
+      }
       if (!all) hide_pairs(rS[0], first_key_of(oldest / 2) + n0);
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
-          rS[0][n][e] = ptx::ex2(rS[0][n][e] - params.shift_log2);
+          rS[0][n][e] = ptx::ex2(rS[0][n][e]);
           rL[e / 2] += rS[0][n][e];
         }
       }
