@@ -124,18 +124,50 @@ struct RowLanes {
   }
 };
 
-// One block: kRowsPerBlock rows of one (batch, head); x = row blocks * heads * batch.
+// One block: kRowsPerBlock rows of one (batch, head), kEach times; x = heads * row blocks * batch. The head
+// runs fastest: rows of one position are neighbours in memory in one of the layouts.
 struct RowBlock {
   int b, head, row;
 
-  template <int kLanes>
+  template <int kLanes, int kEach = 1>
   __device__ static RowBlock of_thread(int rows, int heads) {
-    constexpr int kRows = RowLanes<kLanes>::kRowsPerBlock;
+    constexpr int kRows = RowLanes<kLanes>::kRowsPerBlock * kEach;
     const unsigned blocks = (rows + kRows - 1) / kRows, id = blockIdx.x;
-    return {int(id / blocks / heads), int(id / blocks % heads),
-            int(id % blocks) * kRows + int(threadIdx.x) / kLanes};
+    return {int(id / heads / blocks), int(id % heads),
+            int(id / heads % blocks) * kRows + int(threadIdx.x) / kLanes};
   }
 };
+
+// The elements for which has(e) become those of the unit vector times fold. Returns the inverse norm, 0 of
+// a zero row.
+template <typename Real, class L, class Has>
+__device__ inline float normalize_slice(float (&x)[L::kElems], Real fold, Has has) {
+  float largest = 0.f;
+#pragma unroll
+  for (int e = 0; e < L::kElems; ++e) {
+    if (has(e)) largest = fmaxf(largest, fabsf(x[e]));
+  }
+  // Squares are taken after an exact scaling by a power of two, so 1e30 does not overflow.
+  const int exponent = min(__float_as_int(L::max(largest)) >> 23, 253);
+  const float scale = __int_as_float((254 - exponent) << 23);
+  Real squares = 0;
+#pragma unroll
+  for (int e = 0; e < L::kElems; ++e) {
+    if (has(e)) squares += Real(x[e] * scale) * Real(x[e] * scale);
+  }
+  const Real norm = sqrt(L::sum(squares));
+  const bool live = norm >= kMinNorm * scale;
+  const Real r = 1 / norm;
+#pragma unroll
+  for (int e = 0; e < L::kElems; ++e) {
+    if (has(e)) {
+      x[e] = float(live ? Real(x[e] * scale) * (r * fold) : x[e] * (fold / Real(kMinNorm)));
+    }
+  }
+  return live ? float(r * scale) : 0.f;
+}
+
+constexpr int kNormRowsEach = 4;  // rows of a thread: loads in flight, and indices shared
 
 // x -> x^ (unit slices, times the fold where one is given) in rows of Hp, zeros past H.
 // float32 rows go through double and are rounded once: an error of the norm or of the fold would be
@@ -145,53 +177,47 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   using L = RowLanes<kLanes>;
   using Real = std::conditional_t<std::is_same_v<T, float>, double, float>;
   const Problem& p = params.problem;
-  const RowBlock at = RowBlock::of_thread<kLanes>(params.seqlen, params.num_heads);
-  const bool valid = at.row < params.seqlen;
+  const RowBlock at = RowBlock::of_thread<kLanes, kNormRowsEach>(params.seqlen, params.num_heads);
+  const auto row_of = [&](int each) { return at.row + each * L::kRowsPerBlock; };
 
-  float x[L::kElems];
-  L::load(x, params.x.head<T>(at.b, at.head).row(valid ? at.row : 0), p.head_dim, valid);
-
+  float rX[kNormRowsEach][L::kElems];
+  const auto rows = params.x.head<T>(at.b, at.head);
+#pragma unroll
+  for (int each = 0; each < kNormRowsEach; ++each) {
+    const bool valid = row_of(each) < params.seqlen;
+    L::load(rX[each], rows.row(valid ? row_of(each) : 0), p.head_dim, valid);
+  }
   Real fold = 1;
   if (params.fold.data != nullptr) {
     fold = Real(params.fold(at.b, at.head)) *
            (params.log2_units ? Real(1.4426950408889634) : Real(1));
   }
-  if (!params.l2norm) {
+  const auto hats = params.hat.head<THat>(at.b, at.head);
+  const int64_t first = (int64_t(at.b) * params.num_heads + at.head) * params.seqlen;
 #pragma unroll
-    for (int e = 0; e < L::kElems; ++e) x[e] = float(x[e] * fold);
-  } else {
-    const int group_size = p.head_dim / p.groups;
-    for (int g = 0; g < p.groups; ++g) {
-      const typename L::Slice slice(g, group_size);
-      float largest = 0.f;
-#pragma unroll
-      for (int e = 0; e < L::kElems; ++e) {
-        if (slice.has(e)) largest = fmaxf(largest, fabsf(x[e]));
-      }
-      // Squares are taken after an exact scaling by a power of two, so 1e30 does not overflow.
-      const int exponent = min(__float_as_int(L::max(largest)) >> 23, 253);
-      const float scale = __int_as_float((254 - exponent) << 23);
-      Real squares = 0;
-#pragma unroll
-      for (int e = 0; e < L::kElems; ++e) {
-        if (slice.has(e)) squares += Real(x[e] * scale) * Real(x[e] * scale);
-      }
-      const Real norm = sqrt(L::sum(squares));
-      const bool live = norm >= kMinNorm * scale;
-      const Real r = 1 / norm;
-#pragma unroll
-      for (int e = 0; e < L::kElems; ++e) {
-        if (slice.has(e)) {
-          x[e] = float(live ? Real(x[e] * scale) * (r * fold) : x[e] * (fold / Real(kMinNorm)));
-        }
-      }
+  for (int each = 0; each < kNormRowsEach; ++each) {
+    float(&x)[L::kElems] = rX[each];
+    const int row = row_of(each);
+    const bool valid = row < params.seqlen;
+    const auto keep = [&](int g, float inverse_norm) {
       if (params.inverse_norm != nullptr && valid && L::lane() == 0) {
-        const int64_t row = (int64_t(at.b) * params.num_heads + at.head) * params.seqlen + at.row;
-        params.inverse_norm[row * p.groups + g] = live ? float(r * scale) : 0.f;
+        params.inverse_norm[(first + row) * p.groups + g] = inverse_norm;
+      }
+    };
+    if (!params.l2norm) {
+#pragma unroll
+      for (int e = 0; e < L::kElems; ++e) x[e] = float(x[e] * fold);
+    } else if (p.groups == 1) {
+      keep(0, normalize_slice<Real, L>(x, fold, [](int) { return true; }));
+    } else {
+      const int group_size = p.head_dim / p.groups;
+      for (int g = 0; g < p.groups; ++g) {
+        const typename L::Slice slice(g, group_size);
+        keep(g, normalize_slice<Real, L>(x, fold, [&](int e) { return slice.has(e); }));
       }
     }
+    if (valid) L::store(hats.row(row), x, p.head_dim_padded);
   }
-  if (valid) L::store(params.hat.head<THat>(at.b, at.head).row(at.row), x, p.head_dim_padded);
 }
 
 // delta = rowsum(dO * O) - dlse and lse, laid out for the backward's tiles. Whatever a dead row of dO or

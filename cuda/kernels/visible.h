@@ -115,14 +115,19 @@ struct Visible {
     return found;
   }
 
-  // Which of keys 32 c ... 32 c + 31 row i may attend, biases aside.
-  __device__ unsigned allowed(const Problem& p, int head, int i, int c) const {
-    const int j0 = c * 32;
+  // Whether position rules out none of rows [i0, i1) and keys [j0, j1).
+  __device__ bool in_range(int i0, int i1, int j0, int j1) const {
+    return i1 <= seqlen_q && first_key(i1 - 1) <= j0 && end_key(i0) >= j1;
+  }
+  // Which of keys 32 c ... 32 c + 31 row i may attend as far as position tells.
+  __device__ unsigned in_range(int i, int c) const {
     // Bits from x on, x in [0, 32].
-    const auto from = [](int x) { return __funnelshift_lc(0u, ~0u, x); };
-    unsigned word = from(max(0, min(32, first_key(i) - j0))) & ~from(max(0, min(32, end_key(i) - j0)));
-    if (mask_cells != nullptr) word &= mask_word(p.mask, head, i, c);
-    return word;
+    const auto from = [](int x) { return __funnelshift_lc(0u, ~0u, max(0, min(32, x))); };
+    return from(first_key(i) - 32 * c) & ~from(end_key(i) - 32 * c);
+  }
+  // The same with the mask.
+  __device__ unsigned allowed(const Problem& p, int head, int i, int c) const {
+    return in_range(i, c) & (mask_cells == nullptr ? ~0u : mask_word(p.mask, head, i, c));
   }
   __device__ bool in_one_segment(int i, int j) const { return q_ids == nullptr || q_ids[i] == kv_ids[j]; }
   __device__ bool is_allowed(const Problem& p, int head, int i, int j) const {
@@ -218,6 +223,8 @@ __device__ inline void hide(float (&s)[kM][kN][4], const Problem& p, const Visib
                             FragmentAt at) {
   constexpr int kPart = kN < 4 ? kN : 4;  // blocks of columns within one word
   static_assert(kN % kPart == 0);
+  const int i0 = at.i0 - int(threadIdx.x) % 32 / 4, j0 = at.j0 - 2 * (int(threadIdx.x) % 4);
+  const bool in_range = visible.in_range(i0, i0 + 16 * kM, j0, j0 + 8 * kN);
 #pragma unroll
   for (int n0 = 0; n0 < kN; n0 += kPart) {
     const int j = at.col_of(n0, 0);
@@ -226,7 +233,10 @@ __device__ inline void hide(float (&s)[kM][kN][4], const Problem& p, const Visib
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        words[m][half] = visible.allowed(p, head, at.row_of(m, 2 * half), j / 32) >> (j % 32);
+        const int i = at.row_of(m, 2 * half);
+        unsigned word = in_range ? ~0u : visible.in_range(i, j / 32);
+        if (visible.mask_cells != nullptr) word &= visible.mask_word(p.mask, head, i, j / 32);
+        words[m][half] = word >> (j % 32);
       }
     }
     if (visible.q_ids != nullptr) {

@@ -32,10 +32,10 @@ Status with_dtype(Arithmetic arithmetic, F f) {
 
 template <auto kKernel4, auto kKernel8, auto kKernel16, auto kKernel32, class Params>
 Status launch_rows(cudaStream_t stream, const char* what, const Params& params, int64_t batch,
-                   int heads, int rows) {
+                   int heads, int rows, int rows_each = 1) {
   const int head_dim = params.problem.head_dim;
   const int lanes = head_dim <= 32 ? 4 : head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32;
-  const int rows_per_block = kRowThreads / lanes;
+  const int rows_per_block = kRowThreads / lanes * rows_each;
   const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block * heads * batch;
   if (blocks == 0) return {};
   if (blocks > INT_MAX) return {std::string(what) + ": too many rows for one launch"};
@@ -48,7 +48,7 @@ template <typename T, typename THat>
 Status normalize(cudaStream_t stream, const NormParams& params) {
   return launch_rows<normalize_rows<T, THat, 4>, normalize_rows<T, THat, 8>,
                      normalize_rows<T, THat, 16>, normalize_rows<T, THat, 32>>(
-      stream, "normalize_rows", params, params.batch, params.num_heads, params.seqlen);
+      stream, "normalize_rows", params, params.batch, params.num_heads, params.seqlen, kNormRowsEach);
 }
 
 // A copy of x in rows of Hp, for rows that 16-byte copies cannot read.

@@ -70,16 +70,13 @@ InstanceRow bwd_row(Arithmetic arithmetic) {
           bwd_instance<BwdTile<Op, 256, kUnbounded>>(arithmetic)};
 }
 
-// H 256 has one instance: teams of one and of two warps spill there, and in a team of four the warps
-// without rows only load.
+// In a team of four, warps without rows only load. H 256 has no teams of one warp: they spill.
 template <class Op>
 InstanceRow decode_row(Arithmetic arithmetic) {
   using sm80::DecodeTile;
   return {decode_instance<DecodeTile<Op, 64, 1>>(arithmetic),
-          decode_instance<DecodeTile<Op, 64, 2>>(arithmetic),
           decode_instance<DecodeTile<Op, 64, 4>>(arithmetic),
           decode_instance<DecodeTile<Op, 128, 1>>(arithmetic),
-          decode_instance<DecodeTile<Op, 128, 2>>(arithmetic),
           decode_instance<DecodeTile<Op, 128, 4>>(arithmetic),
           decode_instance<DecodeTile<Op, 256, 4>>(arithmetic)};
 }

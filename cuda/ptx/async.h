@@ -26,13 +26,6 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// Waits for kThreads threads, whole warps; memory as with __syncthreads. Barrier 0 is __syncthreads. The id
-// is an immediate: of one in a register ptxas reserves all 16, and racecheck cannot tell them apart.
-template <int kId, int kThreads>
-__device__ inline void named_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"n"(kId), "n"(kThreads) : "memory");
-}
-
 // Two adjacent reductions in L2; of float32 one instruction from sm_90 on ("red", .v2).
 __device__ inline void red_add_x2(float* gmem, float x, float y) {
 #if __CUDA_ARCH__ >= 900

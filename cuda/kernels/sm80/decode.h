@@ -14,7 +14,8 @@ namespace jca::sm80 {
 // Packed row r is query r % T of head r / T of the kv head: the order in which lse has them.
 //
 // A team of kTeamWarps warps, 16 rows each, streams keys through a pipeline of its own; the teams of a CTA
-// share its keys out, and meet once, when they add up. A team of one needs no barrier at all.
+// share its keys out, and meet once, when they add up. Either a warp is a team, and needs no barrier, or
+// all are one.
 template <class Op_, int kHeadDim_, int kTeamWarps_>
 struct DecodeTile {
   using Op = Op_;
@@ -23,6 +24,7 @@ struct DecodeTile {
   static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;  // keys of a stage, of all teams
   static constexpr int kWarps = kTeamWarps > kBlockN / 16 ? kTeamWarps : kBlockN / 16;
   static constexpr int kTeams = kWarps / kTeamWarps;
+  static_assert(kTeamWarps == 1 || kTeams == 1);
   static constexpr int kTeamKeys = kBlockN / kTeams;
   static constexpr int kThreads = 32 * kWarps;
   // Two CTAs on an SM of 228 KB have 128 KB in flight, several times what latency asks for; one fits into
@@ -33,22 +35,6 @@ struct DecodeTile {
   static constexpr int kSmemBytes = kStages * kTeams * 2 * TileKV::kBytes;
   static_assert(kSmemBytes >= kTeams * kBlockM * (kHeadDim + 4) * int(sizeof(float)));
 };
-
-// Waits for this warp's team.
-template <class Tile>
-__device__ inline void sync_team(int team) {
-  static_assert(Tile::kTeamWarps == 1 || Tile::kTeams <= 2);
-  constexpr int kThreads = 32 * Tile::kTeamWarps;
-  if constexpr (Tile::kTeamWarps == 1) {
-    __syncwarp();
-  } else if constexpr (Tile::kTeams == 1) {
-    __syncthreads();
-  } else if (team == 0) {
-    ptx::named_barrier<1, kThreads>();
-  } else {
-    ptx::named_barrier<2, kThreads>();
-  }
-}
 
 // 1 / the norm of row lane / 4 + 8 * half of q, after that row has been divided by a power of two near its
 // largest element, so that 1e30 does not overflow: that is exact, but for elements of float16 2^14 times
@@ -256,7 +242,11 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   for (int stage = 0;;) {
     ptx::cp_async_wait<kStages - 2>();
     // The oldest block has arrived, and the one before it has been read, for the whole team.
-    sync_team<Tile>(team);
+    if constexpr (Tile::kTeamWarps == 1) {
+      __syncwarp();
+    } else {
+      __syncthreads();
+    }
     if (block >= 0) {
       const int j0 = first_key_of(block);
 #pragma unroll 1

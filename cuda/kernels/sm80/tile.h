@@ -278,6 +278,15 @@ __device__ inline void load_rows_async(const Tile& tile, int cols, const Head& r
   // Where a thread keeps its column, and rows keep their place in the swizzle, both addresses only advance.
   constexpr int kRowsPerStep = kThreads / Tile::kChunks;
   constexpr bool kAdvances = kThreads % Tile::kChunks == 0 && kRowsPerStep % 8 == 0;
+  // Most lists are whole runs of rows.
+  if (list != nullptr) {
+    const int last = min(end, i0 + Tile::kRows) - 1;
+    if (last >= i0 && list[last] - list[i0] == last - i0) {
+      end = list[last] + 1;
+      i0 = list[i0];
+      list = nullptr;
+    }
+  }
   if (kAdvances && list == nullptr) {
     const int row = thread / Tile::kChunks, chunk = thread % Tile::kChunks;
     const int col = chunk * Tile::kChunk;
