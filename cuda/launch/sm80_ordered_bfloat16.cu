@@ -2,6 +2,8 @@
 
 namespace jca {
 
-InstanceRow sm80_ordered_bfloat16() { return ordered_row<sm80::Half16<__nv_bfloat16>>(Arithmetic::kBfloat16); }
+InstanceRow sm80_ordered_bfloat16() {
+  return ordered_row<sm80::Half16<__nv_bfloat16>>(Arithmetic::kBfloat16);
+}
 
 }  // namespace jca
