@@ -199,8 +199,8 @@ struct BwdParams {
   Rows k_raw;                   // for the norm's backward in the dk epilogue
   const float* k_inverse_norm;  // [Bk, K, S, groups]
   RowStats stats;
-  // What CTAs add to by atomics, zeroed. All of them null where the kernels of sm80/ordered.h find the same
-  // sums; of those dq's overwrites the first two.
+  // What CTAs add to by atomics, zeroed; null where the kernels of sm80/ordered.h find the same sums.
+  // cosine_attn_dq_sm80 writes the first two, whatever they hold.
   void* dq_accum;  // [B, N, T, Hp] of Op::Accum: dS k^, without scale
   // [B, N, T] pairs, or null: sums over keys of dS and of P S, S without biases, for dscale.
   float2* row_sums;

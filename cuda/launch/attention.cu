@@ -266,7 +266,7 @@ Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdPara
                            [&](const Instance&) { return ctas; });
   };
   const auto sum_blocks = [](int64_t sums) { return static_cast<unsigned>(ceil_div(sums, kSumThreads)); };
-  if (const BiasGradient& dbias = call.dbias; dbias.data != nullptr && call.dbias_size > 0) {
+  if (const BiasGradient& dbias = call.dbias; dbias.data != nullptr) {
     sum.partials = call.dbias_slices > 1 ? call.dbias_partials : dbias.data;
     status = launch(dbias.batch * call.dbias_slices * (dbias.stride_head == 0 ? 1 : p.num_heads) *
                     (dbias.stride_row == 0 ? 1 : blocks.rows) * (dbias.stride_col == 0 ? 1 : blocks.cols));
