@@ -1,4 +1,5 @@
-"""What masks, segments, windows and biases cost, each beside the call that it is measured against.
+"""What masks, segments, windows, biases and determinism cost, each beside the call that it is
+measured against.
 
 bfloat16, N 16, H 64, forward and backward; device spans on a GPU. A row says the time of the call,
 of its yardstick, their ratio, and the ratio that was asked for where there is one.
@@ -26,6 +27,7 @@ class Call(NamedTuple):
     batch: int
     seq_len: int  # T = S
     options: dict[str, Any]
+    learned: tuple[str, ...] = ()  # options whose gradient is taken too
 
 
 class Comparison(NamedTuple):
@@ -48,6 +50,10 @@ def comparisons(tokens: int) -> list[Comparison]:
     slopes = 2.0 ** -np.linspace(0.5, 8, NUM_HEADS, dtype=np.float32)
     bias = rng.standard_normal((NUM_HEADS, t, t)).astype(jnp.bfloat16)
     window = tokens // 16
+    relative = {"relative_bias": -slopes[:, None] * distances}
+    scale = {"scale": np.full(NUM_HEADS, SCALE, np.float32)}
+    deterministic = {"deterministic": True}
+    dense, diagonals = ("scale", "bias"), ("scale", "relative_bias")
     return [
         Comparison("random key padding", Call(batch, t, {"mask": random_padding}), plain, 1.03),
         Comparison("suffix key padding", Call(batch, t, {"mask": suffix}), plain, 0.8),
@@ -72,24 +78,37 @@ def comparisons(tokens: int) -> list[Comparison]:
         ),
         Comparison("running maximum", Call(batch, t, {"scale": 100.0}), plain),
         Comparison("bias of all batch entries", Call(batch, t, {"bias": bias}), plain),
+        Comparison("relative bias", Call(batch, t, relative), plain),
+        Comparison("deterministic", Call(batch, t, deterministic), plain),
         Comparison(
-            "relative bias",
-            Call(batch, t, {"relative_bias": -slopes[:, None] * distances}),
-            plain,
+            "deterministic dscale, dbias",
+            Call(batch, t, scale | {"bias": bias} | deterministic, dense),
+            Call(batch, t, scale | {"bias": bias}, dense),
+        ),
+        Comparison(
+            "deterministic drelative_bias",
+            Call(batch, t, scale | relative | deterministic, diagonals),
+            Call(batch, t, scale | relative, diagonals),
         ),
     ]
 
 
 def compiled(call: Call, direction: str) -> tuple[Callable[[], Any], Callable[..., Any], Sequence]:
     shape = (call.batch, call.seq_len, NUM_HEADS, HEAD_DIM)
-    inputs = [
+    q, k, v, dout = (
         jax.random.normal(key, shape, jnp.bfloat16)
         for key in jax.random.split(jax.random.key(0), 4)
-    ]
+    )
     options: dict[str, Any] = {"scale": SCALE} | {
         name: jnp.asarray(x) if isinstance(x, np.ndarray) else x for name, x in call.options.items()
     }
-    attend = functools.partial(jax_cosine_attn.cosine_attention, **options)
+    inputs = [q, k, v, *(options.pop(name) for name in call.learned), dout]
+
+    def attention(q: Any, k: Any, v: Any, *learned: Any, **options: Any) -> jax.Array:
+        options |= zip(call.learned, learned, strict=True)
+        return jax_cosine_attn.cosine_attention(q, k, v, **options)
+
+    attend = functools.partial(attention, **options)
     return prepare(attend, direction, inputs), attend, inputs
 
 
@@ -126,14 +145,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", default=None, help="recorded in the JSON; default: git's")
     arguments = parser.parse_args(argv)
     rows = []
-    print(f"{'':<28}{'':<5}{'ms':>9}{'against':>9}{'ratio':>8}{'at most':>9}  family")
+    print(f"{'':<30}{'':<5}{'ms':>9}{'against':>9}{'ratio':>8}{'at most':>9}  family")
     for comparison in comparisons(arguments.tokens):
         for direction in ("fwd", "bwd"):
             row = run(comparison, direction, arguments.num_times)
             rows.append(row)
             wanted = "" if row["at_most"] is None else f"{row['at_most']:.3f}"
             print(
-                f"{row['name']:<28}{direction:<5}{row['ms']:>9.3f}{row['against_ms']:>9.3f}"
+                f"{row['name']:<30}{direction:<5}{row['ms']:>9.3f}{row['against_ms']:>9.3f}"
                 f"{row['ratio']:>8.3f}{wanted:>9}  {row['family']}",
                 flush=True,
             )

@@ -27,13 +27,15 @@ _ROW_STATS = 3  # RowStat in cuda/kernels/params.h
 # into: kUnlimited, kCellRows and kCellCols there.
 _UNLIMITED = 1 << 30
 _CELL_ROWS, _CELL_COLS = 64, 32
-# The decode kernel: what it takes (kMaxPackedRows and kMinSplitKeys in cuda/), the keys of a split,
-# and the CTAs that fill a GPU, two on each of the 132 SMs of an H100. Fewer keys than the shortest
-# split has are not worth a CTA. The longest is for batches of unequal lengths: the longest entry
-# would keep a few CTAs busy after all others.
+# Sums in a fixed order: the least rows of a partial sum of dscale, and the rows and keys of a block
+# of the gradient of a bias; kLeastRowsPerBlock and kBiasBlock there.
+_DSCALE_ROWS, _BIAS_BLOCK = 8, 64
+_CTAS = 264  # fill a GPU: two on each of the 132 SMs of an H100
+# The decode kernel: what it takes (kMaxPackedRows and kMinSplitKeys in cuda/) and the keys of a
+# split. Fewer keys than the shortest split has are not worth a CTA. The longest is for batches of
+# unequal lengths: the longest entry would keep a few CTAs busy after all others.
 _DECODE_QUERIES, _PACKED_ROWS = 16, 64
 _SHORTEST_SPLIT, _LONGEST_SPLIT = 256, 8192
-_DECODE_BLOCKS = 264
 # Operands with a gradient beside q, k and v, in the handler's order.
 _OPTIONS = ("scale", "bias", "relative_bias")
 
@@ -118,8 +120,6 @@ def why_not_cuda(ops: Operands, config: Config) -> str | None:
         x = getattr(ops, name)
         if x is not None and x.dtype == jnp.float64:
             return f"the CUDA kernels do not support a float64 {name}"
-    if config.deterministic:
-        return "the CUDA kernels do not support deterministic=True"
     return None
 
 
@@ -171,7 +171,7 @@ def _decode_splits(ops: Operands, config: Config) -> int:
     def cost(splits: int) -> int:
         # CTAs run in waves. Each takes as long as its keys, and to start, to fill its pipeline and
         # to add up its results as long as the keys that are not worth a CTA.
-        waves = -(-config.batch * k * splits // _DECODE_BLOCKS)
+        waves = -(-config.batch * k * splits // _CTAS)
         return waves * (-(-s // splits) + _SHORTEST_SPLIT)
 
     return min(range(max(1, s // _LONGEST_SPLIT), s // _SHORTEST_SPLIT + 1), key=cost)
@@ -285,6 +285,16 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
     return out, lse, lse_low
 
 
+def _dbias_slices(shape: tuple[int, ...], t: int, s: int, n: int, batch: int) -> int:
+    """CTAs that share out the sum of a block of dbias, [., 1|N, 1|T, 1|S], in the deterministic
+    backward: so many that a small gradient fills a GPU too, but none without a block of pairs."""
+    lead, heads, rows, cols = shape
+    row_blocks, col_blocks = -(-t // _BIAS_BLOCK), -(-s // _BIAS_BLOCK)
+    blocks = lead * heads * -(-rows // _BIAS_BLOCK) * -(-cols // _BIAS_BLOCK)
+    pairs = batch * n * row_blocks * col_blocks
+    return max(1, min(_CTAS // blocks, pairs // blocks))
+
+
 def cuda_bwd(
     ops: Operands,
     out: jax.Array,
@@ -303,12 +313,17 @@ def cuda_bwd(
     # Three passes accumulate in float64: two float32 each, which needs no jax_enable_x64.
     accum = 2 * row if dtype == jnp.float32 and _three_passes(config) else row
     leads = dict(zip(wanted, grad_batch, strict=True))
-    options = [
-        jax.ShapeDtypeStruct((leads[name], *getattr(ops, name).shape[1:]), jnp.float32)
-        if name in wanted
-        else jax.ShapeDtypeStruct((0,), jnp.float32)
-        for name in _OPTIONS
-    ]
+    shape_of = {name: (leads[name], *getattr(ops, name).shape[1:]) for name in wanted}
+    options = [jax.ShapeDtypeStruct(shape_of.get(name, (0,)), jnp.float32) for name in _OPTIONS]
+    partials: dict[str, tuple[int, ...]] = {}
+    if "scale" in wanted:
+        partials["scale"] = (batch, n, -(-t // _DSCALE_ROWS))
+    if config.deterministic and "bias" in wanted:
+        slices = _dbias_slices(shape_of["bias"], t, s, n, batch)
+        partials["bias"] = (slices, *shape_of["bias"]) if slices > 1 else (0,)
+    if config.deterministic and "relative_bias" in wanted:
+        diagonals = -(-t // _BIAS_BLOCK) + -(-s // _BIAS_BLOCK) - 1  # of blocks
+        partials["relative_bias"] = (batch, n, diagonals, 2 * _BIAS_BLOCK)
     results = [
         jax.ShapeDtypeStruct((batch, *ops.q.shape[1:]), dtype),
         jax.ShapeDtypeStruct((batch, *ops.k.shape[1:]), dtype),
@@ -323,9 +338,17 @@ def cuda_bwd(
             (batch, n, t if "scale" in wanted else 0, 2), jnp.float32
         ),  # sums over keys
         jax.ShapeDtypeStruct((batch, n, t, accum), jnp.float32),  # dq accumulator
+        *(jax.ShapeDtypeStruct(partials.get(name, (0,)), jnp.float32) for name in _OPTIONS),
     ]
     extra = (out, lse, lse_low, dout, jnp.zeros((0,), jnp.float32) if dlse is None else dlse)
-    unbounded = _constant_shift(ops, config.bound) is None
-    gradients = _call("jax_cosine_attn_bwd", results, ops, extra, config, unbounded=unbounded)
+    gradients = _call(
+        "jax_cosine_attn_bwd",
+        results,
+        ops,
+        extra,
+        config,
+        unbounded=config.deterministic or _constant_shift(ops, config.bound) is None,
+        deterministic=config.deterministic,
+    )
     named = dict(zip(("q", "k", "v", *_OPTIONS), gradients, strict=False))
     return tuple(named[name].astype(getattr(ops, name).dtype) for name in ("q", "k", "v", *wanted))

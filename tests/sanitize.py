@@ -28,7 +28,9 @@ def calls(instance: dict):
     if instance["direction"] == "decode":
         yield from decode_calls(head_dim, instance["block_m"] // 4)
         return
-    yield "plain", dict(t=64, s=64, n=1, k=1, h=head_dim), {}, {}
+    with_biases = instance["unbounded"] and instance["direction"] != "dq"
+    if instance["direction"] != "dbias":
+        yield "plain", dict(t=64, s=64, n=1, k=1, h=head_dim), {}, {}
     lengths = np.array([60, 1], np.int32)
     key_mask = np.arange(131) % 3 != 1
     ragged = dict(t=67, s=131, n=4, k=2, h=head_dim - 3)
@@ -38,7 +40,8 @@ def calls(instance: dict):
         "query_seq_lengths": lengths,
         "key_value_seq_lengths": lengths + 70,
     }
-    yield "ragged", ragged, options, {}
+    if instance["direction"] != "dbias":
+        yield "ragged", ragged, options, {}
     rng = np.random.default_rng(1)
     options = {
         "mask": rng.random((2, 1, 67, 131)) < 0.7,
@@ -48,13 +51,13 @@ def calls(instance: dict):
         "local_window_size": (40, 30),
     }
     biases = {}
-    if instance["unbounded"]:
+    if with_biases:
         biases = {
             "bias": rng.standard_normal((4, 67, 131)).astype(np.float32),
             "relative_bias": rng.standard_normal((4, 67 + 131 - 1)).astype(np.float32),
         }
     yield "data", ragged, options, biases
-    if instance["unbounded"]:
+    if with_biases:
         for shape in ((131,), (67, 1), (1, 1)):
             yield f"bias {shape}", ragged, {}, {"bias": np.ones(shape, np.float16)}
 
@@ -96,11 +99,14 @@ def run(instance: dict) -> None:
         if (instance["direction"], instance["arithmetic"], bound) == ("fwd", "bfloat16", 8.0):
             bound = 40.0
         differentiable = differentiable | {"scale": np.full(size["n"], 8.0, np.float32)}
+        deterministic = instance["direction"] in ("dq", "dbias")
 
-        def attend(q, k, v, differentiable, bound=bound, options=options):
+        def attend(
+            q, k, v, differentiable, bound=bound, options=options, deterministic=deterministic
+        ):  # fmt: skip
             return jax_cosine_attn.cosine_attention(
                 q, k, v, **differentiable, **options, scale_bound=bound, precision=precision,
-                implementation="cuda", return_residual=True,
+                deterministic=deterministic, implementation="cuda", return_residual=True,
             )  # fmt: skip
 
         def loss(*args, attend=attend):
@@ -108,7 +114,7 @@ def run(instance: dict) -> None:
             return out.astype(jnp.float32).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
 
         args = (*(jnp.asarray(x, dtype) for x in (q, k, v)), differentiable)
-        if instance["direction"] != "bwd":
+        if instance["direction"] in ("fwd", "decode"):
             results = jax.jit(attend)(*args)[0]
         else:
             results = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)

@@ -392,4 +392,4 @@ def test_why_not_answers_from_shapes():
     q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in qkv())
     assert why_not("xla", q, k, v, is_causal=True) is None
     assert (why_not("cuda", q, k, v) is None) is has_cuda_kernels()
-    assert isinstance(why_not("cuda", q, k, v, deterministic=True), str)
+    assert (why_not("cuda", q, k, v, deterministic=True) is None) is has_cuda_kernels()

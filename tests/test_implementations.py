@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from yardstick import check, make_inputs, measured
+from yardstick import check, make_inputs, measured, split
 
 from jax_cosine_attn import _blockwise, cosine_attention
 from jax_cosine_attn._config import FIELDS, Config, Operands
@@ -155,7 +155,9 @@ OPTIONS: dict[str, Options] = {
     "bias-of-all-heads": lambda z, rng: {"bias": normal(rng, z.b, 1, z.t, z.s)},
     "bias-matrix": lambda z, rng: {"bias": normal(rng, z.t, z.s)},
     "bias-per-key": lambda z, rng: {"bias": normal(rng, z.b, 1, 1, z.s)},
+    "bias-vector": lambda z, rng: {"bias": normal(rng, z.s)},
     "bias-per-row": lambda z, rng: {"bias": normal(rng, 1, z.n, z.t, 1)},
+    "bias-per-head": lambda z, rng: {"bias": normal(rng, z.n, 1, 1)},
     "bias-number": lambda z, rng: {"bias": normal(rng, 1, 1, 1, 1)},
     "bias-bfloat16": lambda z, rng: {"bias": normal(rng, z.n, z.t, z.s, dtype=BF16)},
     "bias-float16-causal": lambda z, rng: {
@@ -226,8 +228,10 @@ OPTIONS: dict[str, Options] = {
 LARGE, SMALL = Sizes(2, 600, 1000, 4, 2, 8), Sizes(2, 63, 127, 4, 2, 16)
 
 
-def check_options(implementation: str, name: str, dtype: np.dtype, sizes: Sizes) -> None:
-    options = OPTIONS[name](sizes, np.random.default_rng(1))
+def check_options(
+    implementation: str, name: str, dtype: np.dtype, sizes: Sizes, **more: Any
+) -> None:
+    options = OPTIONS[name](sizes, np.random.default_rng(1)) | more
     inputs = make_inputs(dtype, **sizes._asdict())
     if options.get("l2norm_qk") is False:
         for x in ("query", "key"):
@@ -484,16 +488,71 @@ def test_blockwise_batch_rule(monkeypatch, seed, heads_per_step):
         )
 
 
-def test_gradients_repeat_bitwise():
-    inputs = make_inputs(F32, t=200, s=300)
+# Gradients that are bitwise equal from run to run: on CUDA by kernels of their own.
 
-    @jax.jit
-    def gradients(q, k, v):
-        def loss(*tensors):
-            return cosine_attention(*tensors, deterministic=True, implementation="xla").sum()
+DETERMINISTIC_OPTIONS = (
+    "plain", "lengths-causal", "padded-entry-causal", "key-mask-causal", "full-mask", "empty-mask",
+    "groups", "normalised", "full-bias", "bias-of-all-entries", "bias-of-all-heads", "bias-matrix",
+    "bias-per-key", "bias-vector", "bias-per-row", "bias-per-head", "bias-number",
+    "bias-float16-causal", "bias-minus-infinity", "relative", "relative-of-all-heads",
+    "relative-lengths", "relative-cutoff", "window", "window-right-lengths", "segments-causal",
+    "scale-0", "scale-learned-bounded", "scale-learned-large", "mask-bias-window-lengths",
+    "everything",
+)  # fmt: skip
 
-        return jax.grad(loss, argnums=(0, 1, 2))(q, k, v)
 
+@pytest.mark.parametrize("name", DETERMINISTIC_OPTIONS)
+@pytest.mark.gpu
+def test_deterministic_options(name):
+    check_options("cuda", name, F32, LARGE, deterministic=True)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("name", DETERMINISTIC_OPTIONS)
+@pytest.mark.gpu
+def test_deterministic_options_of_16_bit_inputs(name, dtype):
+    check_options("cuda", name, dtype, Sizes(2, 150, 200, 4, 2, 16), deterministic=True)
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("h", [20, 64, 96, 128, 200, 256])
+@pytest.mark.gpu
+def test_deterministic_head_dims(h, dtype):
+    check_options("cuda", "everything", dtype, Sizes(2, 150, 200, 4, 2, h), deterministic=True)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+@pytest.mark.parametrize("t, s", [(1, 1), (1, 1000), (17, 63), (64, 64), (65, 129), (1000, 127)])
+@pytest.mark.gpu
+def test_deterministic_lengths(t, s, is_causal):
+    rng = np.random.default_rng(1)
+    biases = {"bias": normal(rng, 2, t, 1), "relative_bias": normal(rng, 2, t + s - 1)}
+    check(
+        "cuda", make_inputs(F32, t=t, s=s), is_causal=is_causal, deterministic=True,
+        **biases, **learned(2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize(
+    "name", ["scale-learned-bounded", "bias-of-all-entries", "bias-number", "everything"]
+)
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_results_repeat_bitwise(implementation, name, dtype):
+    sizes = LARGE if implementation == "cuda" else SMALL
+    options = OPTIONS[name](sizes, np.random.default_rng(1)) | {"deterministic": True}
+    inputs = make_inputs(dtype, **sizes._asdict())
+    differentiable, arrays = split(options)
+    static = tuple((x, y) for x, y in options.items() if x not in differentiable | arrays)
     tensors = tuple(inputs[x] for x in ("query", "key", "value"))
-    for a, b in zip(gradients(*tensors), gradients(*tensors), strict=True):
-        np.testing.assert_array_equal(a, b)
+
+    def results():
+        everything = measured(
+            implementation, tensors, differentiable, arrays, inputs["dout"], inputs["dlse"], static
+        )
+        return jax.tree.leaves(jax.tree.map(np.asarray, everything))
+
+    first = results()
+    for _ in range(20):
+        for x, y in zip(results(), first, strict=True):
+            np.testing.assert_array_equal(x, y)

@@ -235,17 +235,11 @@ def test_reference_as_the_fallback_of_cuda(kernels, platform):
 
 def test_reference_where_cuda_refuses(kernels):
     def f(q, k, v):
-        choice = ("cuda", "reference", "xla")
-        return cosine_attention(q, k, v, deterministic=True, implementation=choice)
+        return cosine_attention(q, k, v, implementation=("cuda", "reference", "xla"))
 
-    text = lowered(f, *arrays())
+    with jax.enable_x64(True):
+        text = lowered(f, *arrays(jnp.float64))
     assert "jax_cosine_attn" not in text
-
-
-UNSUPPORTED = {
-    "float64": ("float64", {}),
-    "deterministic": ("deterministic", {"deterministic": True}),
-}
 
 
 @pytest.mark.parametrize(
@@ -345,34 +339,43 @@ def test_what_decode_takes(kernels, dtype, options, is_split):
     assert found == (2 if is_split else 0)
 
 
-@pytest.mark.parametrize(("reason", "options"), UNSUPPORTED.values(), ids=UNSUPPORTED)
-def test_what_the_kernels_do_not_do(kernels, reason, options, request):
-    """Named by "cuda" and by why_not; None lowers to the blockwise implementation."""
-    dtype = {"float16-scale": jnp.float16, "float64": jnp.float64}.get(
-        request.node.callspec.id, jnp.bfloat16
-    )
-    with jax.enable_x64(dtype == jnp.float64):
-        q, k, v = arrays(dtype)
-        reason = re.escape(reason)
-        assert re.search(reason, why_not("cuda", q, k, v, **options))
-        assert why_not("xla", q, k, v, **options) is None
-        assert why_not("reference", q, k, v, **options) is None
-        assert why_not(None, q, k, v, **options) is None
-        traced = {name: x for name, x in options.items() if isinstance(x, jax.ShapeDtypeStruct)}
-        static = {name: x for name, x in options.items() if name not in traced}
-
-        def f(q, k, v, traced, implementation=None):
-            return cosine_attention(q, k, v, **traced, **static, implementation=implementation)
-
+def test_what_the_kernels_do_not_do(kernels):
+    """Named by "cuda" and by why_not; the others do it."""
+    with jax.enable_x64(True):
+        q, k, v = arrays(jnp.float64)
+        reason = "the CUDA kernels do not support float64"
+        assert why_not("cuda", q, k, v) == reason
+        for implementation in ("xla", "reference", None):
+            assert why_not(implementation, q, k, v) is None
         with pytest.raises(NotImplementedError, match=reason):
-            jax.eval_shape(lambda *args: f(*args, implementation="cuda"), q, k, v, traced)
-        if dtype != jnp.float64:
-            assert "jax_cosine_attn" not in lowered(f, q, k, v, traced)
+            jax.eval_shape(lambda *a: cosine_attention(*a, implementation="cuda"), q, k, v)
+        assert "jax_cosine_attn" not in lowered(cosine_attention, q, k, v)
+
+
+# Deterministic gradients: an attribute of the backward, and scratch for sums in a fixed order.
+
+
+def backward_of(options, **static):
+    """The backward call for gradients of q, k, v and all of options."""
+    q, k, v = arrays()
+
+    def loss(tensors, options):
+        return cosine_attention(*tensors, **options, **static).astype(jnp.float32).sum()
+
+    (call,) = calls(lowered(jax.grad(loss, (0, 1)), (q, k, v), options), "jax_cosine_attn_bwd")
+    return attributes(call), signature(call)[1]
+
+
+def test_deterministic_is_passed_on(kernels):
+    found, results = backward_of({}, deterministic=True)
+    assert (found["deterministic"], found["unbounded"]) == ("true", "true")
+    assert results[-3:] == ["0xf32"] * 3
+    found, results = backward_of({})
+    assert (found["deterministic"], found["unbounded"]) == ("false", "false")
+    assert results[-3:] == ["0xf32"] * 3
 
 
 def test_xla_flags_ask_for_deterministic_kernels(kernels, monkeypatch):
-    q, k, v = arrays()
-    assert why_not("cuda", q, k, v) is None
     for flags, deterministic in [
         ("--xla_gpu_deterministic_ops=true", True),
         ("--xla_gpu_deterministic_ops", True),
@@ -382,7 +385,48 @@ def test_xla_flags_ask_for_deterministic_kernels(kernels, monkeypatch):
         ("--xla_cpu_multi_thread_eigen=false", False),
     ]:
         monkeypatch.setenv("XLA_FLAGS", flags)
-        assert (why_not("cuda", q, k, v) is not None) is deterministic, flags
+        found, _ = backward_of({})
+        assert found["deterministic"] == str(deterministic).lower(), flags
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_partial_sums_of_scale_in_both_modes(kernels, deterministic):
+    scale = jax.ShapeDtypeStruct((N,), jnp.float32)
+    _, results = backward_of({"scale": scale}, scale_bound=11.0, deterministic=deterministic)
+    assert results[-3:] == ["2x4x1xf32", "0xf32", "0xf32"]
+
+
+def test_partial_sums_of_biases(kernels):
+    options = {
+        "bias": jax.ShapeDtypeStruct((N, 1, S), jnp.float16),
+        "relative_bias": jax.ShapeDtypeStruct((1, T + S - 1), jnp.float32),
+    }
+    _, results = backward_of(options, deterministic=True)
+    # Two batch entries add to each block of dbias; relative_bias has one diagonal of blocks.
+    assert results[-3:] == ["0xf32", "2x1x4x1x7xf32", "2x4x1x128xf32"]
+    _, results = backward_of(options)
+    assert results[-3:] == ["0xf32"] * 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "slices"),
+    [
+        ((4, 16, 4096, 4096), 1),
+        ((1, 16, 4096, 4096), 1),
+        ((1, 1, 1, 1), 264),
+        ((4, 1, 1, 1), 66),
+        ((1, 1, 1, 4096), 4),
+        ((1, 1, 4096, 1), 4),
+        ((4, 16, 1, 1), 4),
+    ],
+)
+def test_small_bias_gradients_are_summed_by_many_ctas(shape, slices):
+    assert _ffi._dbias_slices(shape, t=4096, s=4096, n=16, batch=4) == slices
+
+
+def test_no_more_slices_than_blocks_of_pairs():
+    assert _ffi._dbias_slices((1, 1, 1, 1), t=65, s=64, n=3, batch=2) == 12
+    assert _ffi._dbias_slices((2, 3, 65, 64), t=65, s=64, n=3, batch=2) == 1
 
 
 @pytest.mark.parametrize(

@@ -79,19 +79,19 @@ def attend(ops, implementation, **options):
     )
 
 
-def loss(differentiable, rest, implementation):
+def loss(differentiable, rest, implementation, **options):
     """A scalar that depends on every element of out and, where it is finite, of lse."""
-    out, lse = attend({**differentiable, **rest}, implementation)
+    out, lse = attend({**differentiable, **rest}, implementation, **options)
     finite = jnp.where(lse > -jnp.inf, lse, 0)
     weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
     return (weights * out).sum() + jnp.sin(finite).sum()
 
 
-@functools.partial(jax.jit, static_argnames="implementation")
-def value_and_grads(ops, implementation):
+@functools.partial(jax.jit, static_argnames=("implementation", "deterministic"))
+def value_and_grads(ops, implementation, deterministic=False):
     differentiable = {name: x for name, x in ops.items() if name in GRADS}
     rest = {name: x for name, x in ops.items() if name not in GRADS}
-    gradients = jax.grad(loss)(differentiable, rest, implementation)
+    gradients = jax.grad(loss)(differentiable, rest, implementation, deterministic=deterministic)
     return attend(ops, implementation), gradients
 
 
@@ -190,7 +190,9 @@ def test_nested_vmap_with_gradients(implementation, inner, outer):
     assert_close(actual, expected)
 
 
-def test_nested_vmap_of_bias_gradients():
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@with_gradient
+def test_nested_vmap_of_bias_gradients(implementation, deterministic):
     """dbias and drelative_bias of instances that share operands, through both divisor rules."""
     names = ("query", "key", "value", "bias", "relative_bias", "scale")
     ops = {name: operand(name) for name in names}
@@ -199,7 +201,9 @@ def test_nested_vmap_of_bias_gradients():
     ops["relative_bias"] = mapped("relative_bias", 2)
     inner = {name: 0 if name == "query" else None for name in names}
     outer = {name: 0 if "bias" in name else None for name in names}
-    f = functools.partial(value_and_grads, implementation="xla")
+    f = functools.partial(
+        value_and_grads, implementation=implementation, deterministic=deterministic
+    )
     actual = jax.jit(jax.vmap(jax.vmap(f, (inner,)), (outer,)))(ops)
     assert_close(actual, one_by_one(lambda x: one_by_one(f, x, inner), ops, outer))
 

@@ -391,8 +391,10 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                     Result mask_cells, Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges,
                     Result dout_padded,
                     Result q_inverse_norm, Result k_inverse_norm, Result row_stats, Result row_sums,
-                    Result dq_accum, bool heads_first, bool l2norm_qk, int32_t groups, int32_t left,
-                    int32_t right, bool three_passes, bool unbounded, ffi::Span<const int64_t> div) {
+                    Result dq_accum, Result dscale_partials, Result dbias_partials,
+                    Result diagonal_partials, bool heads_first, bool l2norm_qk, int32_t groups,
+                    int32_t left, int32_t right, bool three_passes, bool unbounded, bool deterministic,
+                    ffi::Span<const int64_t> div) {
   Checker check;
   const auto d = dq->dimensions();
   check.require(d.size() == 4, "dq: got " + shape_text(*dq));
@@ -426,12 +428,17 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   check.shape("q_inverse_norm", *q_inverse_norm, ffi::F32, {b, n, t, groups});
   check.shape("k_inverse_norm", *k_inverse_norm, ffi::F32, {k.dimensions()[0], kv, s, groups});
   check.shape("row_stats", *row_stats, ffi::F32, {b, n, kRowStats, padded_t});
-  if (!is_absent(*dscale)) check.shape("row_sums", *row_sums, ffi::F32, {b, n, t, 2});
+  if (!is_absent(*dscale)) {
+    check.shape("row_sums", *row_sums, ffi::F32, {b, n, t, 2});
+    check.shape("dscale_partials", *dscale_partials, ffi::F32, {b, n, ceil_div(t, kLeastRowsPerBlock)});
+  }
   // Two float32 hold a float64, which JAX does not pass while jax_enable_x64 is off.
   const int64_t accum_width = in.arithmetic == Arithmetic::kThreeTf32 ? 2 * hp : hp;
   check.shape("dq_accum", *dq_accum, ffi::F32, {b, n, t, accum_width});
+  check.require(!deterministic || unbounded, "deterministic sums are those of unbounded logits");
   // Gradients have their operand's shape, and a leading dim of their own.
   BiasGradient dense, relative;
+  int64_t slices = 1;
   if (!is_absent(*dbias)) {
     const auto shape = bias.dimensions();
     check.require(shape.size() == 4, "dbias without bias");
@@ -440,6 +447,11 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
     set_strides(dense, *dbias);
     dense.data = dbias->typed_data<float>();
     dense.batch = dbias->dimensions()[0];
+    if (deterministic && !is_absent(*dbias_partials)) {
+      slices = dbias_partials->dimensions()[0];
+      check.shape("dbias_partials", *dbias_partials, ffi::F32,
+                  {-1, dense.batch, shape[1], shape[2], shape[3]});
+    }
   }
   if (!is_absent(*drelative_bias)) {
     const auto shape = relative_bias.dimensions();
@@ -450,6 +462,10 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                 .stride_batch = shape[1] * shape[2],
                 .stride_head = shape[1] == 1 ? 0 : shape[2],
                 .batch = drelative_bias->dimensions()[0]};
+    if (deterministic) {
+      check.shape("diagonal_partials", *diagonal_partials, ffi::F32,
+                  {b, n, BlockDiagonals(p).count(), 2 * kBiasBlock});
+    }
   }
   if (!check.ok()) return check.error();
 
@@ -479,11 +495,16 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .dv = rows_of(*dv, heads_first, 1),
        .dscale = is_absent(*dscale) ? nullptr : dscale->typed_data<float>(),
        .dscale_batch = is_absent(*dscale) ? 1 : static_cast<int>(dscale->dimensions()[0]),
+       .dscale_partials = dscale_partials->typed_data<float>(),
        .dbias = dense,
        .drelative_bias = relative,
        .dbias_size = static_cast<int64_t>(dbias->element_count()),
        .drelative_bias_size = static_cast<int64_t>(drelative_bias->element_count()),
-       .unbounded = unbounded}));
+       .unbounded = unbounded,
+       .deterministic = deterministic,
+       .dbias_partials = dbias_partials->typed_data<float>(),
+       .dbias_slices = static_cast<int>(slices),
+       .diagonal_partials = diagonal_partials->typed_data<float>()}));
 }
 
 }  // namespace
@@ -568,6 +589,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Ret<AnyBuffer>()  // row_stats
                                   .Ret<AnyBuffer>()  // row_sums
                                   .Ret<AnyBuffer>()  // dq_accum
+                                  .Ret<AnyBuffer>()  // dscale_partials
+                                  .Ret<AnyBuffer>()  // dbias_partials
+                                  .Ret<AnyBuffer>()  // diagonal_partials
                                   .Attr<bool>("heads_first")
                                   .Attr<bool>("l2norm_qk")
                                   .Attr<int32_t>("groups")
@@ -575,6 +599,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Attr<int32_t>("right")
                                   .Attr<bool>("three_passes")
                                   .Attr<bool>("unbounded")
+                                  .Attr<bool>("deterministic")
                                   .Attr<ffi::Span<const int64_t>>("div"),
                               {ffi::Traits::kCmdBufferCompatible});
 

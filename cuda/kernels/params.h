@@ -105,7 +105,7 @@ struct RelativeBias {
   BatchIndex batch;
 };
 
-// Gradient of one of them, float32, zeroed: strides as in the operand, batch entry b adds to b % batch.
+// Gradient of one of them, float32: strides as in the operand, batch entry b adds to b % batch.
 struct BiasGradient {
   float* data = nullptr;
   int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_col = 0;
@@ -207,12 +207,42 @@ struct BwdParams {
   Rows k_raw;                   // for the norm's backward in the dk epilogue
   const float* k_inverse_norm;  // [Bk, K, S, groups]
   RowStats stats;
-  void* dq_accum;  // [B, N, T, Hp] of Op::Accum, zeroed: dS k^, without scale
-  // [B, N, T] pairs, zeroed, or null: sums over keys of dS and of P S, S without biases, for dscale.
+  // What CTAs add to by atomics, zeroed; null where the kernels of sm80/ordered.h find the same sums.
+  // cosine_attn_dq_sm80 writes the first two, whatever they hold.
+  void* dq_accum;  // [B, N, T, Hp] of Op::Accum: dS k^, without scale
+  // [B, N, T] pairs, or null: sums over keys of dS and of P S, S without biases, for dscale.
   float2* row_sums;
-  Rows dk, dv;      // [B, S, K, H]
   BiasGradient dbias, drelative_bias;
+  Rows dk, dv;      // [B, S, K, H]
 };
+
+// Gradients of biases in a fixed order are summed by blocks of this many rows and keys.
+constexpr int kBiasBlock = 64;
+
+// A CTA sums dS over blocks of pairs: those that add to one block of dbias, or for drelative_bias those of
+// one (batch, head) that lie along one diagonal.
+struct DbiasParams {
+  Problem problem;
+  Rows q_hat, k_hat, v, dout;
+  RowStats stats;
+  // Diagonals: [B, N, block diagonals, 2 kBiasBlock], the last entry unused. Else [slices] times dbias.
+  float* partials;
+  bool diagonals;
+  BiasGradient dbias;  // data unused
+  int slices;          // CTAs that share out the sum of a block of dbias
+};
+
+// Block diagonals, row block less key block, count from the last key block's.
+struct BlockDiagonals {
+  int rows, cols;  // blocks
+  __host__ __device__ explicit BlockDiagonals(const Problem& p)
+      : rows((p.seqlen_q + kBiasBlock - 1) / kBiasBlock),
+        cols((p.seqlen_k + kBiasBlock - 1) / kBiasBlock) {}
+  __host__ __device__ int count() const { return rows + cols - 1; }
+  __host__ __device__ int first() const { return 1 - cols; }
+};
+
+constexpr int kLeastRowsPerBlock = 8;  // of a row-wise kernel: a row has 32 lanes or fewer
 
 struct DqParams {
   Problem problem;
@@ -224,8 +254,7 @@ struct DqParams {
   bool log2_units;         // of their S
   const float* dlse;       // [B, N, T] or null
   Rows dq;                 // [B, T, N, H]
-  float* dscale;     // [Bd, N] zeroed, or null; entry b % dscale_batch
-  int dscale_batch;
+  float* dscale_partials;  // [B, N, row blocks], or null
 };
 
 }  // namespace jca

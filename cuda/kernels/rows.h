@@ -11,7 +11,7 @@
 
 namespace jca {
 
-constexpr int kRowThreads = 256;
+constexpr int kRowThreads = 32 * kLeastRowsPerBlock;
 
 template <int kLanes>
 struct RowLanes {
@@ -253,9 +253,9 @@ __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams para
   }
 }
 
-// dq = scale r (a - q^ <q^, a>) with a = dS k^, and dscale += <q^, a>, less what rounding put there:
-// dS of a row sums to dlse, and any excess, from delta or lse, has been multiplied by the row's mean
-// cosine.
+// dq = scale r (a - q^ <q^, a>) with a = dS k^, and the block's part of dscale: <q^, a>, less what rounding
+// put there: dS of a row sums to dlse, and any excess, from delta or lse, has been multiplied by the row's
+// mean cosine.
 template <typename T, typename TAccum, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) {
   using L = RowLanes<kLanes>;
@@ -279,7 +279,7 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
   for (int e = 0; e < L::kElems; ++e) a[e] = live ? a[e] * scale : 0.f;
   if (valid) L::store(params.dq.head<T>(at.b, at.head).row(row), a, p.head_dim);
 
-  if (params.dscale == nullptr) return;
+  if (params.dscale_partials == nullptr) return;
   __shared__ float row_dots[L::kRowsPerBlock];
   if (L::lane() == 0) {
     float centred = 0.f;
@@ -299,7 +299,8 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(0xffffffff, total, d);
     if (threadIdx.x == 0) {
-      atomicAdd(&params.dscale[(at.b % params.dscale_batch) * p.num_heads + at.head], total);
+      const int blocks = (p.seqlen_q + L::kRowsPerBlock - 1) / L::kRowsPerBlock;
+      params.dscale_partials[bh * blocks + at.row / L::kRowsPerBlock] = total;
     }
   }
 }

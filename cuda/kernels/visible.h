@@ -41,30 +41,46 @@ struct Visible {
   const int32_t *q_ids, *kv_ids;
   const int2 *q_ranges, *kv_ranges;
 
-  // Called by every thread.
-  __device__ static void init(Visible& shared, const Problem& p, int b) {
-    if (threadIdx.x == 0) {
-      const int seqlen_q = p.q_lengths(b), seqlen_k = p.kv_lengths(b);
-      shared = {b, seqlen_q, seqlen_k, seqlen_k, seqlen_k - seqlen_q, p.left, p.right};
-      if (p.mask.data != nullptr) {
-        const int64_t words = p.mask.batch(b) * p.mask.heads * p.mask.cell_cols();
-        shared.mask_bits = p.mask.bits + words * p.mask.rows;
-        if (p.mask.keys == nullptr) {
-          shared.mask_cells = p.mask.cells + words * p.mask.cell_rows();
-        } else {
-          shared.ranks = p.mask.keys + p.mask.batch(b) * p.mask.keys_size();
-          shared.keys = shared.ranks + p.mask.cell_cols() + 1;
-          shared.seqlen_k = shared.rank(seqlen_k);
-        }
-      }
-      if (p.q_segments.data != nullptr) {
-        const int64_t q = p.q_segments.batch(b), kv = p.kv_segments.batch(b);
-        shared.q_ids = p.q_segments.data + q * p.seqlen_q;
-        shared.kv_ids = p.kv_segments.data + kv * p.seqlen_k;
-        shared.q_ranges = p.q_segments.ranges + q * p.q_segments.cells();
-        shared.kv_ranges = p.kv_segments.ranges + kv * p.kv_segments.cells();
+  Visible() = default;
+  __device__ Visible(const Problem& p, int b)
+      : b(b),
+        seqlen_q(p.q_lengths(b)),
+        seqlen_k(p.kv_lengths(b)),
+        position_k(seqlen_k),
+        offset(seqlen_k - seqlen_q),
+        left(p.left),
+        right(p.right),
+        mask_cells(nullptr),
+        mask_bits(nullptr),
+        ranks(nullptr),
+        keys(nullptr),
+        q_ids(nullptr),
+        kv_ids(nullptr),
+        q_ranges(nullptr),
+        kv_ranges(nullptr) {
+    if (p.mask.data != nullptr) {
+      const int64_t words = p.mask.batch(b) * p.mask.heads * p.mask.cell_cols();
+      mask_bits = p.mask.bits + words * p.mask.rows;
+      if (p.mask.keys == nullptr) {
+        mask_cells = p.mask.cells + words * p.mask.cell_rows();
+      } else {
+        ranks = p.mask.keys + p.mask.batch(b) * p.mask.keys_size();
+        keys = ranks + p.mask.cell_cols() + 1;
+        seqlen_k = rank(position_k);
       }
     }
+    if (p.q_segments.data != nullptr) {
+      const int64_t q = p.q_segments.batch(b), kv = p.kv_segments.batch(b);
+      q_ids = p.q_segments.data + q * p.seqlen_q;
+      kv_ids = p.kv_segments.data + kv * p.seqlen_k;
+      q_ranges = p.q_segments.ranges + q * p.q_segments.cells();
+      kv_ranges = p.kv_segments.ranges + kv * p.kv_segments.cells();
+    }
+  }
+
+  // Called by every thread.
+  __device__ static void init(Visible& shared, const Problem& p, int b) {
+    if (threadIdx.x == 0) shared = Visible(p, b);
     __syncthreads();
   }
 

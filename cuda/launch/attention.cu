@@ -1,10 +1,10 @@
 #include "launch/attention.h"
 
 #include <climits>
-#include <utility>
 
 #include "kernels/cells.h"
 #include "kernels/rows.h"
+#include "kernels/sums.h"
 
 namespace jca {
 namespace {
@@ -30,13 +30,17 @@ Status with_dtype(Arithmetic arithmetic, F f) {
   }
 }
 
+// Lanes that hold a row, and rows of a block, in the kernels of rows.h.
+int row_lanes(int head_dim) {
+  return head_dim <= 32 ? 4 : head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32;
+}
+int64_t row_blocks(int head_dim, int rows) { return ceil_div(rows, kRowThreads / row_lanes(head_dim)); }
+
 template <auto kKernel4, auto kKernel8, auto kKernel16, auto kKernel32, class Params>
 Status launch_rows(cudaStream_t stream, const char* what, const Params& params, int64_t batch,
                    int heads, int rows, int rows_each = 1) {
-  const int head_dim = params.problem.head_dim;
-  const int lanes = head_dim <= 32 ? 4 : head_dim <= 64 ? 8 : head_dim <= 128 ? 16 : 32;
-  const int rows_per_block = kRowThreads / lanes * rows_each;
-  const int64_t blocks = (rows + rows_per_block - 1) / rows_per_block * heads * batch;
+  const int lanes = row_lanes(params.problem.head_dim);
+  const int64_t blocks = ceil_div(row_blocks(params.problem.head_dim, rows), rows_each) * heads * batch;
   if (blocks == 0) return {};
   if (blocks > INT_MAX) return {std::string(what) + ": too many rows for one launch"};
   const auto kernel = lanes == 4 ? kKernel4 : lanes == 8 ? kKernel8 : lanes == 16 ? kKernel16 : kKernel32;
@@ -217,6 +221,73 @@ Status decode(cudaStream_t stream, const ForwardCall& call) {
       p.num_heads / p.num_heads_kv * p.seqlen_q);
 }
 
+// Zeros for what CTAs of the backward add to by atomics.
+Status clear_sums(cudaStream_t stream, const BackwardCall& call) {
+  const Problem& p = call.problem;
+  const size_t rows = size_t(p.batch) * p.num_heads * p.seqlen_q;
+  const size_t accum = call.arithmetic == Arithmetic::kThreeTf32 ? sizeof(double) : sizeof(float);
+  const struct {
+    void* data;
+    size_t bytes;
+  } sums[] = {{call.dq_accum, accum * rows * p.head_dim_padded},
+              {call.dscale == nullptr ? nullptr : call.row_sums, sizeof(float2) * rows},
+              {call.dbias.data, sizeof(float) * call.dbias_size},
+              {call.drelative_bias.data, sizeof(float) * call.drelative_bias_size}};
+  for (const auto& [data, bytes] : sums) {
+    if (data == nullptr) continue;
+    const Status status =
+        status_of(cudaMemsetAsync(data, 0, bytes, stream), "clearing sums of the backward");
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+// The same sums, in one order.
+Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdParams& params) {
+  const Problem& p = call.problem;
+  Status status = launch_instance(
+      stream, Direction::kDq, call.arithmetic, true, params, [&](const Instance& instance) {
+        return ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch;
+      });
+  if (!status.ok()) return status;
+
+  const BlockDiagonals blocks(p);
+  DbiasParams sum{.problem = p,
+                  .q_hat = params.q_hat,
+                  .k_hat = params.k_hat,
+                  .v = params.v,
+                  .dout = params.dout,
+                  .stats = params.stats,
+                  .partials = nullptr,
+                  .diagonals = false,
+                  .dbias = call.dbias,
+                  .slices = call.dbias_slices};
+  const auto launch = [&](int64_t ctas) {
+    return launch_instance(stream, Direction::kDbias, call.arithmetic, true, sum,
+                           [&](const Instance&) { return ctas; });
+  };
+  const auto sum_blocks = [](int64_t sums) { return static_cast<unsigned>(ceil_div(sums, kSumThreads)); };
+  if (const BiasGradient& dbias = call.dbias; dbias.data != nullptr) {
+    sum.partials = call.dbias_slices > 1 ? call.dbias_partials : dbias.data;
+    status = launch(dbias.batch * call.dbias_slices * (dbias.stride_head == 0 ? 1 : p.num_heads) *
+                    (dbias.stride_row == 0 ? 1 : blocks.rows) * (dbias.stride_col == 0 ? 1 : blocks.cols));
+    if (!status.ok()) return status;
+    if (call.dbias_slices > 1) {
+      sum_slices<<<sum_blocks(call.dbias_size), kSumThreads, 0, stream>>>(
+          sum.partials, dbias.data, call.dbias_size, call.dbias_slices);
+    }
+  }
+  if (call.drelative_bias.data != nullptr) {
+    sum.partials = call.diagonal_partials;
+    sum.diagonals = true;
+    status = launch(int64_t(p.batch) * p.num_heads * blocks.count());
+    if (!status.ok()) return status;
+    sum_diagonals<<<sum_blocks(call.drelative_bias_size), kSumThreads, 0, stream>>>(
+        p, sum.partials, call.drelative_bias);
+  }
+  return status_of(cudaGetLastError(), "summing the gradient of a bias");
+}
+
 template <typename T>
 Status backward(cudaStream_t stream, const BackwardCall& call) {
   const Problem& p = call.problem;
@@ -250,10 +321,28 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
       stream, "delta_rows", delta, p.batch, p.num_heads, call.stats.seqlen_padded);
   if (!status.ok()) return status;
 
-  const bool in_double = call.arithmetic == Arithmetic::kThreeTf32;
-  const size_t accum_bytes =
-      (in_double ? sizeof(double) : sizeof(float)) * p.batch * p.num_heads * size_t(p.seqlen_q) * p.head_dim_padded;
-  status = status_of(cudaMemsetAsync(call.dq_accum, 0, accum_bytes, stream), "clearing dq_accum");
+  BwdParams params{.problem = p,
+                   .q_hat = call.q_hat,
+                   .k_hat = call.k_hat,
+                   .v = v,
+                   .dout = dout,
+                   .k_raw = call.k,
+                   .k_inverse_norm = call.k_inverse_norm,
+                   .stats = call.stats,
+                   .dq_accum = call.dq_accum,
+                   .row_sums = call.dscale == nullptr ? nullptr : call.row_sums,
+                   .dbias = call.dbias,
+                   .drelative_bias = call.drelative_bias,
+                   .dk = call.dk,
+                   .dv = call.dv};
+  if (call.deterministic) {
+    status = ordered_sums(stream, call, params);
+    params.dq_accum = nullptr;
+    params.row_sums = nullptr;
+    params.dbias = params.drelative_bias = {};
+  } else {
+    status = clear_sums(stream, call);
+  }
   if (!status.ok()) return status;
   if (p.mask.keys != nullptr) {  // keys that are not in a list
     for (const Rows& rows : {call.dk, call.dv}) {
@@ -262,37 +351,6 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
       if (!status.ok()) return status;
     }
   }
-  const std::pair<const BiasGradient*, int64_t> biases[] = {
-      {&call.dbias, call.dbias_size}, {&call.drelative_bias, call.drelative_bias_size}};
-  for (const auto& [gradient, size] : biases) {
-    if (gradient->data == nullptr) continue;
-    status = status_of(cudaMemsetAsync(gradient->data, 0, sizeof(float) * size, stream),
-                       "clearing the gradient of a bias");
-    if (!status.ok()) return status;
-  }
-  if (call.dscale != nullptr) {
-    const size_t bytes = sizeof(float) * call.dscale_batch * p.num_heads;
-    status = status_of(cudaMemsetAsync(call.dscale, 0, bytes, stream), "clearing dscale");
-    if (!status.ok()) return status;
-    const size_t row_bytes = sizeof(float2) * p.batch * p.num_heads * size_t(p.seqlen_q);
-    status = status_of(cudaMemsetAsync(call.row_sums, 0, row_bytes, stream), "clearing row_sums");
-    if (!status.ok()) return status;
-  }
-
-  const BwdParams params{.problem = p,
-                         .q_hat = call.q_hat,
-                         .k_hat = call.k_hat,
-                         .v = v,
-                         .dout = dout,
-                         .k_raw = call.k,
-                         .k_inverse_norm = call.k_inverse_norm,
-                         .stats = call.stats,
-                         .dq_accum = call.dq_accum,
-                         .row_sums = call.dscale == nullptr ? nullptr : call.row_sums,
-                         .dk = call.dk,
-                         .dv = call.dv,
-                         .dbias = call.dbias,
-                         .drelative_bias = call.drelative_bias};
   status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
                            [&](const Instance& instance) {
                              return ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv *
@@ -309,17 +367,22 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                     .log2_units = !call.unbounded,
                     .dlse = call.dlse,
                     .dq = call.dq,
-                    .dscale = call.dscale,
-                    .dscale_batch = call.dscale_batch};
+                    .dscale_partials = call.dscale == nullptr ? nullptr : call.dscale_partials};
   const auto finish = [&]<typename Accum>(Accum) {
     return launch_rows<finish_dq<T, Accum, 4>, finish_dq<T, Accum, 8>, finish_dq<T, Accum, 16>,
                        finish_dq<T, Accum, 32>>(stream, "finish_dq", dq, p.batch, p.num_heads,
                                                 p.seqlen_q);
   };
   if constexpr (std::is_same_v<T, float>) {
-    if (in_double) return finish(double{});
+    status = call.arithmetic == Arithmetic::kThreeTf32 ? finish(double{}) : finish(float{});
+  } else {
+    status = finish(float{});
   }
-  return finish(float{});
+  if (!status.ok() || call.dscale == nullptr) return status;
+  sum_dscale<<<static_cast<unsigned>(call.dscale_batch * p.num_heads), kSumThreads, 0, stream>>>(
+      call.dscale_partials, call.dscale, p.batch, call.dscale_batch, p.num_heads,
+      static_cast<int>(row_blocks(p.head_dim, p.seqlen_q)));
+  return status_of(cudaGetLastError(), "sum_dscale");
 }
 
 }  // namespace

@@ -54,9 +54,14 @@ struct BackwardCall {
   Rows dq, dk, dv;
   float* dscale;                  // [dscale_batch, N] or null
   int dscale_batch;
+  float* dscale_partials;         // scratch [B, N, row blocks of finish_dq], with dscale
   BiasGradient dbias, drelative_bias;
   int64_t dbias_size, drelative_bias_size;
   bool unbounded;
+  bool deterministic;             // every sum in one order; wants unbounded
+  float* dbias_partials;          // scratch, dbias_slices times dbias; unused for one slice
+  int dbias_slices;               // deterministic: CTAs that share out the sum of a block of dbias
+  float* diagonal_partials;       // scratch of DbiasParams; deterministic, with drelative_bias
 };
 Status launch_backward(cudaStream_t stream, const BackwardCall& call);
 

@@ -29,5 +29,9 @@ InstanceRow sm80_bwd_tf32_unbounded();
 InstanceRow sm80_bwd_3xtf32_unbounded();
 InstanceRow sm80_decode_float16();
 InstanceRow sm80_decode_bfloat16();
+InstanceRow sm80_ordered_float16();
+InstanceRow sm80_ordered_bfloat16();
+InstanceRow sm80_ordered_tf32();
+InstanceRow sm80_ordered_3xtf32();
 
 }  // namespace jca

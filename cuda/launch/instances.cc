@@ -14,6 +14,10 @@ const char* name(Direction direction) {
       return "bwd";
     case Direction::kDecode:
       return "decode";
+    case Direction::kDq:
+      return "dq";
+    case Direction::kDbias:
+      return "dbias";
   }
   return "?";
 }
@@ -45,7 +49,9 @@ std::span<const Instance> instances() {
           sm80_bwd_float16(), sm80_bwd_bfloat16(), sm80_bwd_tf32(), sm80_bwd_3xtf32(),
           sm80_bwd_float16_unbounded(), sm80_bwd_bfloat16_unbounded(),
           sm80_bwd_tf32_unbounded(), sm80_bwd_3xtf32_unbounded(),
-          sm80_decode_float16(), sm80_decode_bfloat16()}) {
+          sm80_decode_float16(), sm80_decode_bfloat16(),
+          sm80_ordered_float16(), sm80_ordered_bfloat16(), sm80_ordered_tf32(),
+          sm80_ordered_3xtf32()}) {
       rows.insert(rows.end(), row.begin(), row.end());
     }
     return rows;

@@ -6,7 +6,8 @@
 
 namespace jca {
 
-enum class Direction { kForward, kBackward, kDecode };
+// kDq and kDbias: what the backward takes beside itself to be deterministic.
+enum class Direction { kForward, kBackward, kDecode, kDq, kDbias };
 
 // Element type of q, k, v, and how products are taken. kFloat16Bfloat16: bfloat16 inputs, unit rows in
 // float16.
@@ -28,7 +29,7 @@ struct Instance {
 const char* name(Direction direction);
 const char* name(Arithmetic arithmetic);
 
-// All of them, in the order direction, unbounded, arithmetic, head_dim, block_m.
+// All of them; those of one direction in the order unbounded, arithmetic, head_dim, block_m.
 std::span<const Instance> instances();
 
 // The smallest instance that holds head_dim and, of decode, all packed rows; null when there is none.

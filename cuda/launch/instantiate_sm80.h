@@ -5,6 +5,7 @@
 #include "kernels/sm80/bwd.h"
 #include "kernels/sm80/decode.h"
 #include "kernels/sm80/fwd.h"
+#include "kernels/sm80/ordered.h"
 #include "launch/instance_rows.h"
 
 namespace jca {
@@ -48,6 +49,32 @@ Instance decode_instance(Arithmetic arithmetic) {
           Tile::kBlockN};
 }
 
+template <class Tile>
+Instance dq_instance(Arithmetic arithmetic) {
+  return {Direction::kDq,
+          arithmetic,
+          Tile::kUnbounded,
+          Tile::kHeadDim,
+          reinterpret_cast<const void*>(&sm80::cosine_attn_dq_sm80<Tile>),
+          Tile::kThreads,
+          Tile::kSmemBytes,
+          Tile::kBlockM,
+          Tile::kBlockN};
+}
+
+template <class Tile>
+Instance dbias_instance(Arithmetic arithmetic) {
+  return {Direction::kDbias,
+          arithmetic,
+          Tile::kUnbounded,
+          Tile::kHeadDim,
+          reinterpret_cast<const void*>(&sm80::cosine_attn_dbias_sm80<Tile>),
+          Tile::kThreads,
+          Tile::kSmemBytes,
+          Tile::kBlockM,
+          Tile::kBlockN};
+}
+
 template <class OpS, class OpV, bool kUnbounded>
 InstanceRow fwd_row(Arithmetic arithmetic) {
   using sm80::FwdTile;
@@ -79,6 +106,14 @@ InstanceRow decode_row(Arithmetic arithmetic) {
           decode_instance<DecodeTile<Op, 128, 1>>(arithmetic),
           decode_instance<DecodeTile<Op, 128, 4>>(arithmetic),
           decode_instance<DecodeTile<Op, 256, 4>>(arithmetic)};
+}
+
+template <class Op>
+InstanceRow ordered_row(Arithmetic arithmetic) {
+  using sm80::DqTile, sm80::DbiasTile;
+  return {dq_instance<DqTile<Op, 64>>(arithmetic),       dq_instance<DqTile<Op, 128>>(arithmetic),
+          dq_instance<DqTile<Op, 256>>(arithmetic),      dbias_instance<DbiasTile<Op, 64>>(arithmetic),
+          dbias_instance<DbiasTile<Op, 128>>(arithmetic), dbias_instance<DbiasTile<Op, 256>>(arithmetic)};
 }
 
 }  // namespace jca

@@ -1,7 +1,8 @@
 // Backward of the portable family (sm_80 on: mma.sync, ldmatrix, cp.async).
 //
 // One CTA owns kBlockN keys of one kv head and walks over the query blocks of every query head of its
-// group, so that dk and dv stay in registers whatever the grouping; dq leaves as float32 reductions.
+// group, so that dk and dv stay in registers whatever the grouping; dq leaves as float32 reductions, in any
+// order: ordered.h has the kernels for one order.
 // With S in log2 units (q^ carries scale * log2 e; without a bound scale alone, S in natural units):
 //   P = exp2(S - lse), dP = dO v^T, dS = P (dP - delta)
 //   dv = P^T dO, dk^ = ln2 dS^T q^ (so scale comes in per query head), dq^ / scale = dS k^
@@ -293,7 +294,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
 
     warp_gemm<Op, true, true>(rdV, sP, at_dk.m0, sdO, at_dk.n0);
     warp_gemm<Op, true, true>(rdK, sdS, at_dk.m0, sQ, at_dk.n0);
-    {
+    if (!Tile::kUnbounded || params.dq_accum != nullptr) {
       const WarpBlock<kBlockM, kHeadDim, Tile::kWarpsQM, Tile::kWarps> at;
       constexpr int kM = decltype(at)::kM, kN = decltype(at)::kN;
       // 32 columns at a time: dk and dv already hold half of the registers at H = 128 and 256.

@@ -45,30 +45,6 @@ __device__ inline SplitLog log_of_sum(float l, float c) {
   return {high, low + (l * expf(-log_l) - 1.f)};
 }
 
-// Zero rows in v for the keys of the block to which no row of the CTA gives a weight: they may be dead and
-// hold NaN, and 0 * NaN is NaN.
-template <int kThreads, class Tile, int kM, int kN>
-__device__ inline void clear_unseen_keys(const Tile& v, const float (&weights)[kM][kN][4]) {
-  __shared__ bool seen[Tile::kRows];
-  for (int j = threadIdx.x; j < Tile::kRows; j += kThreads) seen[j] = false;
-  __syncthreads();
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-#pragma unroll
-    for (int x = 0; x < 2; ++x) {
-      float sum = 0.f;
-#pragma unroll
-      for (int m = 0; m < kM; ++m) sum += weights[m][n][x] + weights[m][n][2 + x];
-      if (sum != 0.f) seen[n * 8 + 2 * (threadIdx.x % 4) + x] = true;
-    }
-  }
-  __syncthreads();
-  for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols; i += kThreads) {
-    if (!seen[i / Tile::kCols]) *v.at(i / Tile::kCols, i % Tile::kCols) = typename Tile::T(0.f);
-  }
-  __syncthreads();
-}
-
 // Grid: x = query blocks * N * B, the query block running fastest and from the last one down, so that
 // causal blocks with the most keys start first.
 template <class Tile>

@@ -235,10 +235,10 @@ __device__ inline void warp_gemm(float (&c)[kM][kN][4], const TileA& tile_a, int
   }
 }
 
-// The same with A in registers: kN_A accumulator blocks of 8 columns, B stored [k, n].
+// The same with A in registers: kN_A accumulator blocks of 8 columns, B stored [k, n], from column n0 on.
 template <class Op, int kM, int kN_A, int kN, class TileB>
 __device__ inline void warp_gemm_accum(float (&c)[kM][kN][4], const float (&p)[kM][kN_A][4],
-                                       const TileB& tile_b) {
+                                       const TileB& tile_b, int n0 = 0) {
 #pragma unroll
   for (int k0 = 0; k0 < kN_A * 8; k0 += Op::kK) {
     typename Op::A a[kM];
@@ -247,7 +247,7 @@ __device__ inline void warp_gemm_accum(float (&c)[kM][kN][4], const float (&p)[k
 #pragma unroll
     for (int n = 0; n < kN; n += 2) {
       typename Op::B b[2];
-      Op::template load_b<true>(b, tile_b, n * 8, k0);
+      Op::template load_b<true>(b, tile_b, n0 + n * 8, k0);
 #pragma unroll
       for (int m = 0; m < kM; ++m) {
         Op::mma(c[m][n], a[m], b[0]);
@@ -335,6 +335,30 @@ __device__ inline bool copied_nonfinite(const Tile& tile) {
     }
   }
   return sum != 0.f;
+}
+
+// Zero rows in a tile of keys or values for those to which no row of the CTA gives a weight: they may be
+// dead and hold NaN, and 0 * NaN is NaN.
+template <int kThreads, class Tile, int kM, int kN>
+__device__ inline void clear_unseen_keys(const Tile& keys, const float (&weights)[kM][kN][4]) {
+  __shared__ bool seen[Tile::kRows];
+  for (int j = threadIdx.x; j < Tile::kRows; j += kThreads) seen[j] = false;
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int x = 0; x < 2; ++x) {
+      float sum = 0.f;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) sum += weights[m][n][x] + weights[m][n][2 + x];
+      if (sum != 0.f) seen[n * 8 + 2 * (threadIdx.x % 4) + x] = true;
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < Tile::kRows * Tile::kCols; i += kThreads) {
+    if (!seen[i / Tile::kCols]) *keys.at(i / Tile::kCols, i % Tile::kCols) = typename Tile::T(0.f);
+  }
+  __syncthreads();
 }
 
 }  // namespace jca::sm80
