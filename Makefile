@@ -90,7 +90,8 @@ benchmark_backward_causal: $(DEV)
 sanitize: export XLA_PYTHON_CLIENT_ALLOCATOR = platform
 sanitize: $(DEV)
 	for tool in memcheck racecheck; do \
-	    $(SANITIZER) --tool $$tool --error-exitcode 1 $(PY) tests/sanitize.py || exit 1; \
+	    seq 0 $$(($(JOBS) - 1)) | xargs -P $(JOBS) -I PART \
+	        $(SANITIZER) --tool $$tool --error-exitcode 1 $(PY) tests/sanitize.py PART $(JOBS) || exit 1; \
 	done
 
 lint: $(DEV)

@@ -41,6 +41,7 @@ py::list instances() {
     row["direction"] = jca::name(instance.direction);
     row["arithmetic"] = jca::name(instance.arithmetic);
     row["unbounded"] = instance.unbounded;
+    row["small"] = instance.small;
     row["head_dim"] = instance.head_dim;
     row["block_m"] = instance.block_m;
     row["block_n"] = instance.block_n;
@@ -55,5 +56,7 @@ py::list instances() {
 PYBIND11_MODULE(_cuda, m) {
   m.def("registrations", &registrations, "FFI target name -> capsule of its handler.");
   m.def("build_info", &build_info, "What the kernels were built with.");
+  m.def("limit_shared_memory", &jca::limit_shared_memory,
+        "For tests: chooses kernels as on a GPU with this many bytes for a CTA; 0: as the device says.");
   m.def("instances", &instances, "The launch table: one dict for each compiled kernel.");
 }

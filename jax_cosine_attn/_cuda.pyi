@@ -8,5 +8,9 @@ def registrations() -> dict[str, Any]:
 def build_info() -> dict[str, str]:
     """Architectures, CUDA version, and the jaxlib and FFI API of the headers."""
 
+def limit_shared_memory(bytes: int, /) -> None:
+    """For tests: chooses kernels as on a GPU with this many bytes for a CTA; 0: as the device says."""
+
 def instances() -> list[dict[str, Any]]:
-    """The launch table: direction, arithmetic, unbounded, head_dim, block sizes, shared memory."""
+    """The launch table: direction, arithmetic, unbounded, small, head_dim, block sizes, shared memory.
+    """

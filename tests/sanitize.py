@@ -2,7 +2,11 @@
 
 Instances come from the launch table, so a new one cannot be forgotten. `make sanitize` runs this
 under memcheck and racecheck; on its own it checks that all results are finite.
+
+Usage: sanitize.py [PART PARTS]
 """
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +23,9 @@ ARITHMETIC = {
     "tf32": ("float32", "default"),
     "3xtf32": ("float32", "highest"),
 }
+
+
+SMALL_GPU = 99 * 1024  # bytes of shared memory, as on compute capability 8.6 and 8.9
 
 
 def calls(instance: dict):
@@ -120,10 +127,16 @@ def run(instance: dict) -> None:
             results = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*args)
         for result in jax.tree.leaves(results):
             assert np.isfinite(np.asarray(result, np.float32)).all(), (instance, name)
-        of = (instance[x] for x in ("direction", "arithmetic", "unbounded", "head_dim"))
+        of = (instance[x] for x in ("direction", "arithmetic", "unbounded", "small", "head_dim"))
         print(*of, name, flush=True)
 
 
-if __name__ == "__main__":
-    for instance in _cuda.instances():
+def main(part: int = 0, parts: int = 1) -> None:
+    """Every instance, or those of one of several processes that share them out."""
+    for instance in _cuda.instances()[part::parts]:
+        _cuda.limit_shared_memory(SMALL_GPU if instance["small"] else 0)
         run(instance)
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

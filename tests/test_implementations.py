@@ -321,6 +321,30 @@ def test_decode_takes_the_norms_of_all_keys(s, dtype, magnitude):
     check("cuda", inputs, is_causal=True, **learned(4))
 
 
+@pytest.fixture
+def small_gpu():
+    """Kernels are chosen as on a GPU with 99 KB of shared memory."""
+    from jax_cosine_attn import _cuda
+
+    jax.clear_caches()  # CUDA graphs keep the kernels that they were made of
+    _cuda.limit_shared_memory(99 * 1024)
+    yield
+    _cuda.limit_shared_memory(0)
+    jax.clear_caches()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+@pytest.mark.parametrize("h", [64, 128, 256])
+@pytest.mark.parametrize("name", ["plain", "lengths-causal", "everything", "deterministic"])
+def test_kernels_for_99_kb(small_gpu, name, h, dtype):
+    sizes = Sizes(2, 70, 131, 4, 2, h)
+    options = OPTIONS[name](sizes, np.random.default_rng(1))
+    if name == "deterministic":
+        options |= OPTIONS["everything"](sizes, np.random.default_rng(1))
+    check("cuda", make_inputs(dtype, **sizes._asdict()), **options)
+
+
 @pytest.mark.gpu
 def test_decode_repeats_bitwise():
     inputs = make_inputs(BF16, b=1, t=1, s=5000, n=8, k=2, h=128)

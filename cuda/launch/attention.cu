@@ -144,7 +144,7 @@ Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arit
       find_instance(direction, arithmetic, unbounded, p.head_dim, packed_rows);
   const std::string what = std::string("cosine_attn_") + name(direction) + " " + name(arithmetic) +
                            " H=" + std::to_string(p.head_dim);
-  if (instance == nullptr) return {what + ": no kernel"};
+  if (instance == nullptr) return {what + ": no kernel for the shared memory of this GPU"};
   const int64_t blocks = grid(*instance);
   if (blocks == 0) return {};
   if (blocks > INT_MAX) return {what + ": too many blocks for one launch"};
@@ -385,15 +385,22 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   return status_of(cudaGetLastError(), "sum_dscale");
 }
 
+template <class Call>
+bool fits_bounded(Direction direction, const Call& call) {
+  return find_instance(direction, call.arithmetic, false, call.problem.head_dim) != nullptr;
+}
+
 }  // namespace
 
-Status launch_forward(cudaStream_t stream, const ForwardCall& call) {
+Status launch_forward(cudaStream_t stream, ForwardCall call) {
   if (call.splits > 0) return decode(stream, call);
+  call.unbounded |= !fits_bounded(Direction::kForward, call);
   return with_dtype(call.arithmetic,
                     [&](auto t) { return forward<decltype(t)>(stream, call); });
 }
 
-Status launch_backward(cudaStream_t stream, const BackwardCall& call) {
+Status launch_backward(cudaStream_t stream, BackwardCall call) {
+  call.unbounded |= !fits_bounded(Direction::kBackward, call);
   return with_dtype(call.arithmetic,
                     [&](auto t) { return backward<decltype(t)>(stream, call); });
 }

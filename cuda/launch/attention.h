@@ -35,7 +35,7 @@ struct ForwardCall {
 // kMaxPackedRows queries for a kv head, bounded logits, and keys with one norm or none. q_hat, k_hat and
 // v_padded are unused.
 constexpr int kMaxPackedRows = 64;
-Status launch_forward(cudaStream_t stream, const ForwardCall& call);
+Status launch_forward(cudaStream_t stream, ForwardCall call);
 
 struct BackwardCall {
   Problem problem;
@@ -63,6 +63,6 @@ struct BackwardCall {
   int dbias_slices;               // deterministic: CTAs that share out the sum of a block of dbias
   float* diagonal_partials;       // scratch of DbiasParams; deterministic, with drelative_bias
 };
-Status launch_backward(cudaStream_t stream, const BackwardCall& call);
+Status launch_backward(cudaStream_t stream, BackwardCall call);
 
 }  // namespace jca

@@ -1,5 +1,8 @@
 #include "launch/instances.h"
 
+#include <cuda_runtime.h>
+
+#include <atomic>
 #include <vector>
 
 #include "launch/instance_rows.h"
@@ -59,10 +62,29 @@ std::span<const Instance> instances() {
   return table;
 }
 
+namespace {
+
+std::atomic<int> shared_memory_limit{0};
+
+int shared_memory() {
+  if (const int limit = shared_memory_limit; limit > 0) return limit;
+  int device = 0, bytes = 0;
+  const bool known =
+      cudaGetDevice(&device) == cudaSuccess &&
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess;
+  return known ? bytes : 0;
+}
+
+}  // namespace
+
+void limit_shared_memory(int bytes) { shared_memory_limit = bytes; }
+
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
                               int head_dim, int packed_rows) {
+  constexpr int kStatic = 384;  // bytes that kernels declare themselves (ptxas -v)
+  const int available = shared_memory() - kStatic;
   for (const Instance& instance : instances()) {
-    if (instance.direction == direction && instance.arithmetic == arithmetic &&
+    if (instance.smem_bytes <= available && instance.direction == direction && instance.arithmetic == arithmetic &&
         instance.unbounded == unbounded && instance.head_dim >= head_dim &&
         instance.block_m >= packed_rows) {
       return &instance;

@@ -19,7 +19,8 @@ struct Instance {
   Direction direction;
   Arithmetic arithmetic;
   bool unbounded;  // takes biases; forward: keeps a running maximum
-  int head_dim;  // the largest H it takes
+  bool small;      // for GPUs with 99 KB of shared memory
+  int head_dim;    // the largest H it takes
   const void* kernel;
   int threads;
   int smem_bytes;
@@ -29,11 +30,15 @@ struct Instance {
 const char* name(Direction direction);
 const char* name(Arithmetic arithmetic);
 
-// All of them; those of one direction in the order unbounded, arithmetic, head_dim, block_m.
+// All of them; those of one direction in the order unbounded, arithmetic, small, head_dim, block_m.
 std::span<const Instance> instances();
 
-// The smallest instance that holds head_dim and, of decode, all packed rows; null when there is none.
+// The smallest instance that holds head_dim and, of decode, all packed rows, and that fits into the
+// current device's shared memory; null when there is none. Small ones are unbounded: they take any call.
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
-                              int head_dim, int packed_rows);
+                              int head_dim, int packed_rows = 0);
+
+// For tests: finds instances as on a GPU that grants a CTA this many bytes; 0: as the device says.
+void limit_shared_memory(int bytes);
 
 }  // namespace jca

@@ -16,26 +16,28 @@
 
 namespace jca::sm80 {
 
-// kUnbounded: with biases, logits in natural units. 8 warps, split kWarps*M by 8 / kWarps*M over each product. Blocks and stages: what 163 KB of shared
-// memory (sm_80) and 255 registers allow.
-template <class Op_, int kHeadDim_, bool kUnbounded_>
+// kUnbounded: with biases, logits in natural units. Warps are split kWarps*M by kWarps / kWarps*M over each
+// product. Blocks and stages: what 163 KB of shared memory (sm_80; kSmall: 99 KB) and 255 registers allow.
+template <class Op_, int kHeadDim_, bool kUnbounded_, bool kSmall_ = false>
 struct BwdTile {
-  static constexpr bool kUnbounded = kUnbounded_;
+  static constexpr bool kUnbounded = kUnbounded_, kSmall = kSmall_;
   using Op = Op_;
-  static constexpr int kWarps = 8, kThreads = kWarps * 32;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsFloat = sizeof(typename Op::T) == 4;
+  // kSmall: a square block of pairs.
+  static constexpr int kSide = (kHeadDim <= 128 ? 64 : 32) / (kIsFloat ? 2 : 1);
+  static constexpr int kWarps = kSmall ? kSide / 8 : 8, kThreads = kWarps * 32;
   // Half an ulp of a bounded lse is far below the rounding of 16-bit weights.
   static constexpr bool kExactLse = kIsFloat || kUnbounded;
-  static constexpr int kBlockM = !kIsFloat || kHeadDim <= 96 ? 64 : 32;
-  static constexpr int kBlockN = kIsFloat ? (kHeadDim <= 128 ? 64 : 32) : (kHeadDim <= 128 ? 128 : 64);
-  static constexpr int kStages = (kHeadDim == 256 || (kIsFloat && kHeadDim == 96)) ? 1 : 2;
+  static constexpr int kBlockM = kSmall ? kSide : !kIsFloat || kHeadDim <= 96 ? 64 : 32;
+  static constexpr int kBlockN = kSmall ? kSide : (kHeadDim <= 128 ? 128 : 64) / (kIsFloat ? 2 : 1);
+  static constexpr int kStages = (kSmall || kHeadDim == 256 || (kIsFloat && kHeadDim == 96)) ? 1 : 2;
   // S and dP [kBlockM, kBlockN]
-  static constexpr int kWarpsSM = kBlockM == 64 ? 4 : 2;
+  static constexpr int kWarpsSM = kBlockM / 16;
   // dk and dv [kBlockN, kHeadDim]
-  static constexpr int kWarpsKM = kBlockN == 32 ? 2 : 4;
+  static constexpr int kWarpsKM = kBlockN >= 64 ? 4 : kBlockN / 16;
   // dq [kBlockM, kHeadDim]
-  static constexpr int kWarpsQM = kBlockM == 32 ? 2 : 4;
+  static constexpr int kWarpsQM = kBlockM / 16;
   using TileQ = SmemTile<typename Op::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename Op::T, kBlockN, kHeadDim>;
   using TileP = SmemTile<typename Op::T, kBlockM, kBlockN>;

@@ -19,6 +19,7 @@ namespace jca::sm80 {
 template <class Op_, int kHeadDim_, int kTeamWarps_>
 struct DecodeTile {
   using Op = Op_;
+  static constexpr bool kUnbounded = false, kSmall = false;
   static constexpr int kHeadDim = kHeadDim_, kTeamWarps = kTeamWarps_;
   static constexpr int kBlockM = 16 * kTeamWarps;
   static constexpr int kBlockN = kHeadDim <= 128 ? 64 : 32;  // keys of a stage, of all teams

@@ -11,21 +11,21 @@
 
 namespace jca::sm80 {
 
-// 128 query rows. 4 warps of 32 rows read each key fragment for two products, and two or three such CTAs
+// 128 query rows; kSmall: 64. 4 warps of 32 rows read each key fragment for two products, and two or three such CTAs
 // share an SM (kernels/NOTES.md); where 32 rows of accumulators leave no registers it is 8 warps of 16.
-// kBlockN: what 163 KB of shared memory (sm_80) and the registers allow.
-template <class OpS_, class OpV_, int kHeadDim_, bool kUnbounded_>
+// kBlockN: what 163 KB of shared memory (sm_80; kSmall: 99 KB) and the registers allow.
+template <class OpS_, class OpV_, int kHeadDim_, bool kUnbounded_, bool kSmall_ = false>
 struct FwdTile {
-  static constexpr bool kUnbounded = kUnbounded_;
+  static constexpr bool kUnbounded = kUnbounded_, kSmall = kSmall_;
   using OpS = OpS_;  // arithmetic of q^ k^T
   using OpV = OpV_;  // arithmetic of P v
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsFloat = sizeof(typename OpV::T) == 4;
   static constexpr int kM = !kIsFloat && kHeadDim <= 128 ? 2 : 1;  // m16 blocks of a warp
-  static constexpr int kBlockM = 128;
+  static constexpr int kBlockM = kSmall ? 64 : 128;
   static constexpr int kThreads = kBlockM / (16 * kM) * 32;
   static constexpr int kBlockN =
-      kIsFloat ? (kHeadDim <= 128 ? 64 : 16) : (kHeadDim == 192 ? 64 : 32);
+      kIsFloat ? (kHeadDim > 128 ? 16 : kSmall ? 32 : 64) : (kHeadDim == 192 ? 64 : 32);
   static constexpr int kMinBlocks = kM == 2 ? (kHeadDim <= 64 && !kUnbounded ? 3 : 2) : 1;
   using TileQ = SmemTile<typename OpS::T, kBlockM, kHeadDim>;
   using TileK = SmemTile<typename OpS::T, kBlockN, kHeadDim>;
@@ -41,8 +41,10 @@ struct SplitLog {
 __device__ inline SplitLog log_of_sum(float l, float c) {
   const float log_l = logf(l);
   const float high = c + log_l, from_log = high - c;
-  const float low = (c - (high - from_log)) + (log_l - from_log);
-  return {high, low + (l * expf(-log_l) - 1.f)};
+  const float low = (c - (high - from_log)) + (log_l - from_log) + (l * expf(-log_l) - 1.f);
+  // Where c and log(l) cancel, low may be larger than half an ulp.
+  const float sum = high + low;
+  return {sum, low - (sum - high)};
 }
 
 // Grid: x = query blocks * N * B, the query block running fastest and from the last one down, so that

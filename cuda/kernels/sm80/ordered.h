@@ -50,14 +50,14 @@ struct FragmentRows {
   }
 };
 
-// Blocks: what 163 KB of shared memory (sm_80) and 255 registers allow.
-template <class Op_, int kHeadDim_>
+// Blocks: what 163 KB of shared memory (sm_80; kSmall: 99 KB) and 255 registers allow.
+template <class Op_, int kHeadDim_, bool kSmall_ = false>
 struct DqTile {
-  static constexpr bool kUnbounded = true;
+  static constexpr bool kUnbounded = true, kSmall = kSmall_;
   using Op = Op_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kIsFloat = sizeof(typename Op::T) == 4;
-  static constexpr int kBlockM = 64, kThreads = kBlockM / 16 * 32;
+  static constexpr int kBlockM = kSmall ? 32 : 64, kThreads = kBlockM / 16 * 32;
   static constexpr int kBlockN =
       kIsFloat ? (kHeadDim <= 64 ? 64 : kHeadDim <= 128 ? 32 : 16) : (kHeadDim <= 128 ? 64 : 32);
   using TileQ = SmemTile<typename Op::T, kBlockM, kHeadDim>;
@@ -268,14 +268,14 @@ struct BlockWalk {
   }
 };
 
-// q^ and k^ make room for dO and v.
+// q^ and k^ make room for dO and v. Rows longer than kDepth are taken in parts.
 template <class Op_, int kHeadDim_>
 struct DbiasTile {
-  static constexpr bool kUnbounded = true;
+  static constexpr bool kUnbounded = true, kSmall = false;
   using Op = Op_;
-  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kHeadDim = kHeadDim_, kDepth = kHeadDim < 128 ? kHeadDim : 128;
   static constexpr int kBlockM = kBiasBlock, kBlockN = kBiasBlock, kThreads = kBlockM / 16 * 32;
-  using Tile = SmemTile<typename Op::T, kBiasBlock, kHeadDim>;
+  using Tile = SmemTile<typename Op::T, kBiasBlock, kDepth>;
   static constexpr int kPitch = kBlockN + 1;  // of the sums, floats; they reuse the front
   static constexpr int kSumBytes = kBlockM * kPitch * int(sizeof(float));
   static constexpr int kSmemBytes = 2 * Tile::kBytes > kSumBytes ? 2 * Tile::kBytes : kSumBytes;
@@ -313,36 +313,46 @@ __global__ void __launch_bounds__(Tile::kThreads, 2) cosine_attn_dbias_sm80(cons
     const BlockWalk::At at = walk.at(index);
     const Visible visible(p, at.b);
     const int head_kv = at.head / (p.num_heads / p.num_heads_kv);
-    const auto load = [&](const auto& tile, const auto& rows, int first, int seqlen) {
-      load_rows_async<kThreads>(tile, p.head_dim_padded, rows, first, seqlen);
+    const auto load = [&](auto rows, auto keys, int h0) {
+      rows.data += h0;
+      keys.data += h0;
+      const int cols = p.head_dim_padded - h0;
+      load_rows_async<kThreads>(sRows, cols, rows, at.i0, visible.seqlen_q);
+      load_rows_async<kThreads>(sKeys, cols, keys, at.j0, visible.seqlen_k);
+      ptx::cp_async_commit();
     };
-    load(sRows, params.q_hat.head<const T>(at.b, at.head), at.i0, visible.seqlen_q);
-    load(sKeys, params.k_hat.head<const T>(at.b, head_kv), at.j0, visible.seqlen_k);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<0>();
-    __syncthreads();
+    // c += rows keys^T; the first part has been asked for.
+    const auto multiply = [&](auto& c, const auto& rows, const auto& keys) {
+#pragma unroll 1
+      for (int h0 = 0; h0 < p.head_dim_padded; h0 += Tile::kDepth) {
+        if (h0 > 0) load(rows, keys, h0);
+        ptx::cp_async_wait<0>();
+        __syncthreads();
+        warp_gemm<Op, false, false>(c, sRows, warp_m0, sKeys, 0);
+        __syncthreads();  // both tiles have been read by every warp
+      }
+    };
+    const auto gQ = params.q_hat.head<const T>(at.b, at.head);
+    const auto gdO = params.dout.head<const T>(at.b, at.head);
+    const auto gK = params.k_hat.head<const T>(at.b, head_kv);
+    const auto gV = params.v.head<const T>(at.b, head_kv);
     float rP[1][kN][4] = {}, rdS[1][kN][4] = {};
-    warp_gemm<Op, false, false>(rP, sRows, warp_m0, sKeys, 0);
-    __syncthreads();  // q^ and k^ have been read by every warp
-    load(sRows, params.dout.head<const T>(at.b, at.head), at.i0, visible.seqlen_q);
-    load(sKeys, params.v.head<const T>(at.b, head_kv), at.j0, visible.seqlen_k);
-    ptx::cp_async_commit();
+    load(gQ, gK, 0);
+    multiply(rP, gQ, gK);
+    load(gdO, gV, 0);
 
     const FragmentAt pairs(at.i0 + warp_m0, at.j0);
     add_biases(rP, p, visible, at.head, pairs);
     if (!window.is_all(index)) hide(rP, p, visible, at.head, pairs);
     const FragmentRows rows(params.stats, int64_t(at.b) * p.num_heads + at.head, at.i0 + warp_m0);
     rows.to_weights(rP);
-    ptx::cp_async_wait<0>();
-    __syncthreads();
-    warp_gemm<Op, false, false>(rdS, sRows, warp_m0, sKeys, 0);
+    multiply(rdS, gdO, gV);
     rows.to_ds(rdS, rP);
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) rSum[0][n][e] += rdS[0][n][e];
     }
-    __syncthreads();  // dO and v have been read by every warp
   }
 
   float* sSum = reinterpret_cast<float*>(smem);
