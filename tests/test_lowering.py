@@ -335,9 +335,7 @@ def test_what_decode_takes(kernels, dtype, options, is_split):
 @pytest.mark.parametrize(("reason", "options"), UNSUPPORTED.values(), ids=UNSUPPORTED)
 def test_what_the_kernels_do_not_do(kernels, reason, options, request):
     """Named by "cuda" and by why_not; None lowers to the blockwise implementation."""
-    dtype = {"float16-scale": jnp.float16, "float64": jnp.float64}.get(
-        request.node.callspec.id, jnp.bfloat16
-    )
+    dtype = {"float64": jnp.float64}.get(request.node.callspec.id, jnp.bfloat16)
     with jax.enable_x64(dtype == jnp.float64):
         q, k, v = arrays(dtype)
         reason = re.escape(reason)
