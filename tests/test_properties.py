@@ -73,7 +73,7 @@ def bucket(number: int, implementation: str) -> Bucket:
         shared = tuple(i for i in range(3) if pick(True, False, False))
 
     static: dict[str, Any] = {}
-    if pick(True, *[False] * 7):
+    if pick(True, *[False] * 15):
         static["deterministic"] = True
     if pick(True, False):
         static["is_causal"] = True
@@ -107,8 +107,8 @@ def bucket(number: int, implementation: str) -> Bucket:
         if pick(True, False):
             arrays[name] = ((b,), "int32")
     if pick(True, False, False):
-        # The ids of queries and of keys, or those of both.
-        arrays["segment_ids"] = ((b, pick(t, 2 * t) if t == s else t + s), "int32")
+        # Those of both, or of queries and then of keys.
+        arrays["segment_ids"] = ((b, t if t == s else t + s), "int32")
     dtype = floats[number % 3]
     if implementation == "xla" and number % 8 == 7:
         dtype = "float64"  # which the kernels refuse
