@@ -328,8 +328,10 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, 
     """
     call = _Call(ops, config)
     rows = (call.batch, call.n, call.t)
-    bound = _bound(ops, config)
-    needs_max = bound > MAX_CONSTANT_SHIFT
+    needs_max = _bound(ops, config) > MAX_CONSTANT_SHIFT
+    # Of each head, not the static one: the shift's last digit is what rounding a logit costs, and a
+    # learned scale may lie far below its bound.
+    bound = jnp.abs(call.scale) * config.groups
 
     def step(
         block: Block, edge: bool, pv: jax.Array, row_sum: jax.Array, *row_max: jax.Array
@@ -347,7 +349,7 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, 
             pv, row_sum, row_max = pv * decay[..., None], row_sum * decay, (new_max,)
             weights = jnp.exp(logits - shift[..., None])
         else:
-            weights = jnp.exp(logits - bound)
+            weights = jnp.exp(logits - call.read(bound, "bn", block)[..., None, None])
         pv = pv + call.product("rs,sh->rh", weights, v)
         return pv, row_sum + weights.sum(axis=-1), *row_max
 
@@ -360,14 +362,17 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, 
     pv, row_sum, *row_max = call.scan(step, accumulators)
     is_dead = row_sum == 0
     row_sum = jnp.where(is_dead, 1, row_sum)
-    shift = row_max[0] if needs_max else bound
-    # Two-sum (Knuth, TAOCP 2, 4.2.2), and what the logarithm itself rounded off. Without the
-    # barrier XLA takes lse - shift for log_sum where the shift is a constant.
+    shift = row_max[0] if needs_max else bound[..., None]
+    # Two-sum (Knuth, TAOCP 2, 4.2.2), and what the logarithm itself rounded off, which is many
+    # digits of lse where shift and logarithm nearly cancel: so both are added up once more. Without
+    # the barriers XLA takes (shift + x) - shift for x where the shift is a constant.
     log_sum = jnp.log(row_sum)
     lse = lax.optimization_barrier(shift + log_sum)
     from_log = lse - shift
     lse_low = (shift - (lse - from_log)) + (log_sum - from_log)
     lse_low += row_sum * jnp.exp(-log_sum) - 1
+    rounded = lax.optimization_barrier(lse + lse_low)
+    lse, lse_low = rounded, lse_low - (rounded - lse)
     out = _layout((pv / row_sum[..., None]).astype(ops.v.dtype), config)
     return out, jnp.where(is_dead, -jnp.inf, lse), jnp.where(is_dead, 0, lse_low)
 

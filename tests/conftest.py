@@ -11,6 +11,7 @@ import pytest
 _XLA_FLAGS = ("--xla_force_host_platform_device_count=8", "--xla_cpu_multi_thread_eigen=false")
 _given = os.environ.get("XLA_FLAGS", "").split()
 os.environ["XLA_FLAGS"] = " ".join(_given + [flag for flag in _XLA_FLAGS if flag not in _given])
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's, for the oracle
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".cache" / "jax")
 )

@@ -2,12 +2,19 @@
 
 The error against the float64 oracle is at most twice that of the plain formula in the same dtype
 (float32 sums, HIGHEST precision), plus 4 ulp of the largest value; so too for the root mean square.
+
+The plain formula's error is now and then small by luck, most often where few elements decide it,
+and then no other rounding stays below twice as much. What misses its limit is therefore judged
+again over 16 calls that differ in nothing but the numbers that tensors and cotangents hold, the one
+that missed among them: by the mean of their errors against the mean of their limits. Luck averages
+out of both, and a defect out of neither.
 """
 
 from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +25,12 @@ import pytest
 
 import jax_cosine_attn
 from jax_cosine_attn import cosine_attention
+from jax_cosine_attn._api import arguments, attend
+from jax_cosine_attn._validate import validate
+
+CALLS = 16
+
+Inputs = dict[str, np.ndarray]
 
 # Options that are arrays or may be: passed to the compiled call as data.
 ARRAYS = (
@@ -65,18 +78,60 @@ def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return differentiable, rest
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "static"))
-def measured(implementation, tensors, differentiable, arrays, dout, dlse, static):
-    """(out, lse, (dq, dk, dv), gradients of the differentiable options)."""
+@functools.partial(jax.jit, static_argnames=("implementation", "static", "form", "shared"))
+def measured(
+    implementation, tensors, differentiable, arrays, dout, dlse, static, form="batch", shared=()
+):
+    """(out, lse, (dq, dk, dv), gradients of the differentiable options), as `form` says: of one
+    call, of one in the layout [B, heads, rows, H], or of each entry alone under vmap, where tensors
+    whose entries are all equal, those with an index in `shared`, and options without a batch axis
+    are not mapped.
+    """
+    options = dict(static) | {"implementation": implementation, "return_residual": True}
 
-    def attend(tensors, differentiable):
-        return cosine_attention(
-            *tensors, **differentiable, **arrays, **dict(static),
-            implementation=implementation, return_residual=True,
-        )  # fmt: skip
+    def call(tensors, differentiable, arrays):
+        return cosine_attention(*tensors, **differentiable, **arrays, **options)
 
-    (out, lse), vjp = jax.vjp(attend, tensors, differentiable)
-    return out, lse, *vjp((dout, dlse))
+    def heads_first(tensors, differentiable, arrays):
+        transposed = (x.swapaxes(1, 2) for x in tensors)
+        given = arguments(*transposed, **differentiable, **arrays, **options)
+        out, lse = attend(*validate(layout="BNTH", **given))
+        return out.swapaxes(1, 2), lse.swapaxes(1, 2)
+
+    def results(tensors, differentiable, arrays, dout, dlse):
+        f = heads_first if form == "heads first" else call
+        (out, lse), vjp = jax.vjp(lambda *x: f(*x, arrays), tensors, differentiable)
+        return out, lse, *vjp((dout, dlse))
+
+    if form != "vmap":
+        return results(tensors, differentiable, arrays, dout, dlse)
+
+    def axis(name, x):
+        if name in ("scale", "relative_bias") or (name in ("bias", "mask") and x.ndim < 4):
+            return None
+        return 0 if len(x) == len(dout) else None
+
+    axes = [
+        {name: axis(name, jax.tree.leaves(x)[0]) for name, x in given.items()}
+        for given in (differentiable, arrays)
+    ]
+    # A call for one entry has no batch axis.
+    given = [
+        {
+            name: x[0] if of[name] is None and name in ("bias", "mask") and x.ndim == 4 else x
+            for name, x in given.items()
+        }
+        for given, of in zip((differentiable, arrays), axes, strict=True)
+    ]
+    of_tensors = tuple(None if i in shared else 0 for i in range(3))
+    tensors = tuple(x[0] if i in shared else x for i, x in enumerate(tensors))
+    entries = jax.vmap(results, (of_tensors, *axes, 0, 0))
+    *others, gradients = entries(tensors, *given, dout, dlse)
+    summed = {
+        name: x if axes[0][name] == 0 else x.astype(dlse.dtype).sum(0).astype(x.dtype)
+        for name, x in gradients.items()
+    }
+    return *others, {name: x.reshape(differentiable[name].shape) for name, x in summed.items()}
 
 
 @functools.partial(jax.jit, static_argnames=("groups", "l2norm_qk"))
@@ -132,7 +187,24 @@ def named(out, lse, tensor_grads, option_grads) -> dict[str, np.ndarray]:
     return {name: np.asarray(x) for name, x in results.items()}
 
 
-def check(implementation: str, inputs: dict[str, np.ndarray], **options: Any) -> None:
+def leave_nan_in_freed_memory() -> None:
+    """The results that a GPU's allocator hands out next are full of NaN, so that an element which a
+    kernel does not write shows. XLA's own code, all there is on a CPU, writes every element.
+
+    All bits set are NaN in every float format. Largest first and all held at once, the arrays fill
+    whatever holes the allocator has, so that the next ones are cut from them.
+    """
+    held = [jnp.full(1 << i, 255, jnp.uint8) for i in range(25, 7, -1) for _ in range(4)]
+    jax.block_until_ready(held)
+
+
+def check(
+    implementation: str,
+    inputs: Inputs | Callable[..., Inputs],
+    form: str = "batch",
+    shared: tuple[int, ...] = (),
+    **options: Any,
+) -> None:
     """Holds one call, output, lse and all gradients, to the yardstick.
 
     Also exact: dead rows give out 0, lse -inf and no gradient though their dout and dlse are NaN;
@@ -141,18 +213,42 @@ def check(implementation: str, inputs: dict[str, np.ndarray], **options: Any) ->
 
     Args:
       implementation: of `cosine_attention`.
-      inputs: as from `make_inputs`.
+      inputs: as from `make_inputs`, or what takes a `seed` and returns them: only then is what
+        misses its limit judged over several calls.
+      form, shared: as in `measured`.
       options: the other arguments of `cosine_attention`; arrays are NumPy's.
     """
     options = {"scale": 8.0, "precision": "highest"} | options
-    tensors = tuple(inputs[name] for name in ("query", "key", "value"))
+    first = inputs(seed=0) if callable(inputs) else inputs
     if implementation == "cuda":
+        tensors = tuple(first[name] for name in ("query", "key", "value"))
         reason = jax_cosine_attn.why_not("cuda", *tensors, **options)
         if reason is not None:
             with pytest.raises(NotImplementedError, match=re.escape(reason)):
                 cosine_attention(*tensors, **options, implementation="cuda")
             return
 
+    found = [errors(implementation, first, form, shared, options)]
+    misses = beyond_limit(found, first["query"].dtype)
+    if misses and callable(inputs):
+        found += [
+            errors(implementation, inputs(seed=seed), form, shared, options)
+            for seed in range(1, CALLS)
+        ]
+        misses = beyond_limit(found, first["query"].dtype)
+    assert not misses, "\n".join(misses)
+
+
+def errors(
+    implementation: str,
+    inputs: Inputs,
+    form: str,
+    shared: tuple[int, ...],
+    options: dict[str, Any],
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(error, error of the plain formula, exact value) of each result, where it is alive; what must
+    be exact is checked. Arguments as in `check`."""
+    tensors = tuple(inputs[name] for name in ("query", "key", "value"))
     not_mathematics = ("precision", "deterministic")
     of_oracle = {name: x for name, x in options.items() if name not in not_mathematics}
     exact = oracle.attention(*tensors, **of_oracle, dout=inputs["dout"], dlse=inputs["dlse"])
@@ -160,15 +256,20 @@ def check(implementation: str, inputs: dict[str, np.ndarray], **options: Any) ->
 
     differentiable, arrays = split(options)
     static = tuple((x, y) for x, y in options.items() if x not in differentiable | arrays)
-    query, key, value = tensors
-    poisoned = [
-        np.where(exact.dead_keys[..., None], np.nan, x).astype(x.dtype) for x in tensors[1:]
-    ]
+    poisoned = list(tensors)
+    for i in (1, 2):
+        dead = exact.dead_keys.all(axis=0) if i in shared else exact.dead_keys
+        poisoned[i] = np.where(dead[..., None], np.nan, tensors[i]).astype(tensors[i].dtype)
     dout = np.where(dead_rows[..., None], np.nan, inputs["dout"]).astype(inputs["dout"].dtype)
     dlse = np.where(dead_rows, np.nan, inputs["dlse"]).astype(inputs["dlse"].dtype)
+    if implementation == "cuda":
+        leave_nan_in_freed_memory()
     ours = named(
-        *measured(implementation, (query, *poisoned), differentiable, arrays, dout, dlse, static)
-    )
+        *measured(
+            implementation, tuple(poisoned), differentiable, arrays, dout, dlse, static,
+            form=form, shared=shared,
+        )
+    )  # fmt: skip
 
     scale, bound = np.asarray(options["scale"], ours["lse"].dtype), options.get("scale_bound")
     with_scale = differentiable | {"scale": scale if bound is None else scale.clip(-bound, bound)}
@@ -188,11 +289,18 @@ def check(implementation: str, inputs: dict[str, np.ndarray], **options: Any) ->
     assert not ours["dq"][dead_rows].any(), "dq of dead rows"
     assert not ours["dk"][exact.dead_keys].any(), "dk of dead keys"
     assert not ours["dv"][exact.dead_keys].any(), "dv of dead keys"
+    found = {}
     for name, x in ours.items():
         wanted = getattr(exact, name)
         assert x.shape == wanted.shape, f"{name}: {x.shape}, not {wanted.shape}"
-        live = ~dead_rows if name == "lse" else ...
-        compare(name, x[live], yard[name][live], wanted[live], query.dtype)
+        live = ~dead_rows if name == "lse" else np.full(wanted.shape, True)
+        error, of_plain = (
+            np.abs(y[live].astype(np.float64) - wanted[live]) for y in (x, yard[name])
+        )
+        assert np.isfinite(error).all(), f"{name}: not finite"
+        assert np.isfinite(of_plain).all(), f"{name}: no yardstick, the plain formula overflows"
+        found[name] = error, of_plain, wanted[live]
+    return found
 
 
 def relative_entries(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> np.ndarray:
@@ -206,17 +314,24 @@ def relative_entries(inputs: dict[str, np.ndarray], options: dict[str, Any]) -> 
     return np.clip(entry, 0, max(t + s - 2, 0))
 
 
-def compare(name: str, x: np.ndarray, yard: np.ndarray, exact: np.ndarray, dtype: Any) -> None:
-    """Maximum and root mean square of x's error against the yardstick, in a call of dtype."""
-    if not x.size:
-        return
+def beyond_limit(calls: list[dict[str, tuple[np.ndarray, ...]]], dtype: Any) -> list[str]:
+    """What misses the limit on the maximum or on the root mean square, in the mean over `calls`,
+    results of `errors`."""
     ulp = float(jnp.finfo(dtype).eps)
-    error, allowed = (np.abs(y.astype(np.float64) - exact) for y in (x, yard))
-    assert np.isfinite(allowed).all(), f"{name}: no yardstick, the plain formula overflows"
-    for norm in (np.max, lambda y: np.sqrt(np.mean(y * y))):
-        limit = 2 * norm(allowed) + 4 * ulp * norm(np.abs(exact))
-        kind = "maximum" if norm is np.max else "rms"
-        assert norm(error) <= limit, (
-            f"{name}: {kind} error {norm(error):.3g}, at most {limit:.3g} "
-            f"(plain formula {norm(allowed):.3g}, largest value {np.abs(exact).max():.3g})"
-        )
+    misses = []
+    for name in calls[0]:
+        for kind, norm in (("maximum", np.max), ("rms", lambda y: np.sqrt(np.mean(y * y)))):
+            norms = []
+            for error, of_plain, exact in (call[name] for call in calls):
+                # lse is a logarithm: its error is the relative one of the sum, however near 1
+                # that is.
+                values = np.maximum(np.abs(exact), 1) if name == "lse" else np.abs(exact)
+                norms.append([norm(x) if x.size else 0.0 for x in (error, of_plain, values)])
+            error, of_plain, value = np.mean(norms, axis=0)
+            limit = 2 * of_plain + 4 * ulp * value
+            if not error <= limit:
+                misses.append(
+                    f"{name}: {kind} error {error:.3g}, at most {limit:.3g} (plain formula "
+                    f"{of_plain:.3g}, values {value:.3g}; calls: {len(calls)})"
+                )
+    return misses
