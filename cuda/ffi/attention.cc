@@ -323,7 +323,8 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                    ffi::AnyBuffer mask, ffi::AnyBuffer q_lengths, ffi::AnyBuffer kv_lengths,
                    ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, Result out, Result lse,
                    Result lse_low, Result q_hat, Result k_hat, Result v_padded, Result mask_cells,
-                   Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges, Result partials, Result arrivals,
+                   Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges,
+                   Result partials, Result arrivals,
                    bool heads_first, bool l2norm_qk, int32_t groups, int32_t left, int32_t right,
                    bool three_passes, bool unbounded, float shift, int32_t splits,
                    ffi::Span<const int64_t> div) {

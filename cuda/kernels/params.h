@@ -68,7 +68,7 @@ struct Mask {
   BatchIndex batch;
   int heads = 1, rows = 1, cols = 1;
   uint8_t* cells = nullptr;  // scratch [., heads, cell_rows, cell_cols] of CellBits
-  uint32_t* bits = nullptr;  // scratch [., heads, cell_cols, rows]: bit l of word (c, i) is pair (i, 32 c + l)
+  uint32_t* bits = nullptr;  // scratch [., heads, cell_cols, rows]: bit l of word (c, i): pair (i, 32 c + l)
   // Scratch [., cell_cols + 1 + cols], or null: of a mask over keys alone, how many keys it allows before
   // each word, and their list. Kernels then run over these keys as if there were no others.
   int32_t* keys = nullptr;

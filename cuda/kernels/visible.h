@@ -218,7 +218,8 @@ struct BlockWindow {
 
 // Whether keys below seqlen_k may be unseen by every row.
 __device__ inline bool may_leave_dead_keys(const Problem& p) {
-  return (p.mask.data != nullptr && p.mask.keys == nullptr) || p.q_segments.data != nullptr || p.left < kUnlimited ||
+  return (p.mask.data != nullptr && p.mask.keys == nullptr) || p.q_segments.data != nullptr ||
+         p.left < kUnlimited ||
          p.bias.data != nullptr || p.relative_bias.data != nullptr;
 }
 

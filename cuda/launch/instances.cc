@@ -84,9 +84,9 @@ const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool u
   constexpr int kStatic = 384;  // bytes that kernels declare themselves (ptxas -v)
   const int available = shared_memory() - kStatic;
   for (const Instance& instance : instances()) {
-    if (instance.smem_bytes <= available && instance.direction == direction && instance.arithmetic == arithmetic &&
+    if (instance.direction == direction && instance.arithmetic == arithmetic &&
         instance.unbounded == unbounded && instance.head_dim >= head_dim &&
-        instance.block_m >= packed_rows) {
+        instance.block_m >= packed_rows && instance.smem_bytes <= available) {
       return &instance;
     }
   }

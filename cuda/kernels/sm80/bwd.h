@@ -302,7 +302,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
       // 32 columns at a time: dk and dv already hold half of the registers at H = 128 and 256.
       constexpr int kPart = kN % 4 == 0 ? 4 : kN;
       using Accum = typename Op::Accum;
-      Accum* dq = static_cast<Accum*>(params.dq_accum) + (int64_t(b) * p.num_heads + this_head) * p.seqlen_q * int64_t(p.head_dim_padded);
+      const int64_t head_row = (int64_t(b) * p.num_heads + this_head) * p.seqlen_q;
+      Accum* dq = static_cast<Accum*>(params.dq_accum) + head_row * p.head_dim_padded;
 #pragma unroll 1
       for (int n1 = at.n0; n1 < at.n0 + kN * 8; n1 += kPart * 8) {
         float rdQ[kM][kPart][4] = {};

@@ -11,8 +11,9 @@
 
 namespace jca::sm80 {
 
-// 128 query rows; kSmall: 64. 4 warps of 32 rows read each key fragment for two products, and two or three such CTAs
-// share an SM (kernels/NOTES.md); where 32 rows of accumulators leave no registers it is 8 warps of 16.
+// 128 query rows; kSmall: 64. 4 warps of 32 rows read each key fragment for two products, and two or three
+// such CTAs share an SM (kernels/NOTES.md); where 32 rows of accumulators leave no registers it is 8 warps
+// of 16.
 // kBlockN: what 163 KB of shared memory (sm_80; kSmall: 99 KB) and the registers allow.
 template <class OpS_, class OpV_, int kHeadDim_, bool kUnbounded_, bool kSmall_ = false>
 struct FwdTile {
@@ -176,7 +177,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
       if (i >= p.seqlen_q) continue;
       const bool live = l > 0.f;
       if (lane % 4 == 0) {
-        const SplitLog lse = live ? log_of_sum(l, Tile::kUnbounded ? rM[m][half] : params.shift) : SplitLog{-INFINITY, 0.f};
+        const float c = Tile::kUnbounded ? rM[m][half] : params.shift;
+        const SplitLog lse = live ? log_of_sum(l, c) : SplitLog{-INFINITY, 0.f};
         const int64_t at = (int64_t(b) * p.num_heads + head) * p.seqlen_q + i;
         params.lse[at] = lse.high;
         params.lse_low[at] = lse.low;
