@@ -1,4 +1,4 @@
-"""Temporary memory of the compiled "xla" implementation is O(T + S).
+"""Temporary memory of the compiled "xla" implementation is O(T + S); of "cuda" for relative biases.
 
 XLA reports it without running anything. The bound is one byte per pair of query and key, so that a
 single boolean [T, S], the smallest array of that order, would break it. Gradients of a [T, S] bias
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jax_cosine_attn import cosine_attention
+from jax_cosine_attn import _ffi, cosine_attention
 
 LENGTH = 8192  # T = S
 BOUND = LENGTH * LENGTH
@@ -60,13 +60,15 @@ def temporaries(fun: Callable[..., Any], *shapes: Any) -> int:
     return max(reported, *(math.prod(map(int, d.split(","))) for d in dims))
 
 
-def call(options: dict[str, Any]) -> tuple[Callable[..., jax.Array], dict[str, Any]]:
+def call(
+    options: dict[str, Any], implementation: str = "xla"
+) -> tuple[Callable[..., jax.Array], dict[str, Any]]:
     """(attention over (q, k, v, arrays of the options), those arrays)."""
     arrays = {name: x for name, x in options.items() if isinstance(x, jax.ShapeDtypeStruct)}
     static = {name: x for name, x in options.items() if name not in arrays}
 
     def attend(q: Any, k: Any, v: Any, arrays: dict[str, Any]) -> jax.Array:
-        return cosine_attention(q, k, v, **arrays, **static, implementation="xla")
+        return cosine_attention(q, k, v, **arrays, **static, implementation=implementation)
 
     return attend, arrays
 
@@ -146,3 +148,39 @@ def test_the_bound_notices_one_boolean_array():
         return cosine_attention(q, k, v, mask=mask, implementation="xla")
 
     assert temporaries(with_mask, ROWS, ROWS, ROWS, array(LENGTH, dtype=jnp.int32)) > BOUND
+
+
+# A relative bias at T = S = 16384. One [T, S] array of bytes would be 256 MiB. The bound is forty
+# float32 arrays of q's size, 80 MiB: room for padded heads and for sums apart from their operands.
+LONG = 16_384
+LONG_ROWS = array(1, LONG, HEADS, HEAD_DIM)
+LONG_CALL = {"relative_bias": array(HEADS, 2 * LONG - 1), "is_causal": True}
+LONG_BOUND = 40 * 4 * LONG * HEADS * HEAD_DIM
+
+
+@pytest.mark.parametrize("of", ["output", "gradient"])
+@pytest.mark.parametrize("implementation", ["xla", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_relative_bias_of_16k(implementation, of):
+    attend, arrays = call(LONG_CALL, implementation)
+    fun = attend if of == "output" else gradient(attend, arrays)
+    assert LONG_BOUND < LONG * LONG
+    assert temporaries(fun, *[LONG_ROWS] * 3, arrays) < LONG_BOUND
+
+
+def test_relative_bias_of_16k_has_no_matrix_on_cuda(monkeypatch):
+    """Needs no GPU: what goes into the kernels and comes out of them, and all that is between, is
+    in the lowered program. None of it is as large as T x S, or has two axes of that length.
+    """
+    monkeypatch.setattr(_ffi, "build_problem", lambda: None)
+    attend, arrays = call(LONG_CALL, "cuda")
+    traced = jax.jit(gradient(attend, arrays)).trace(*[LONG_ROWS] * 3, arrays)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert all(f"@jax_cosine_attn_{name}(" in text for name in ("fwd", "bwd"))
+    tensors = [
+        [int(d) for d in re.findall(r"(\d+)x", dims)]
+        for dims in re.findall(r"tensor<((?:\d+x)+)", text)
+    ]
+    assert [1, HEADS, 2 * LONG - 1] in tensors
+    for dims in tensors:
+        assert sum(d >= LONG for d in dims) <= 1, dims
+        assert math.prod(dims) <= LONG_BOUND / 4, dims
