@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -318,12 +319,20 @@ def cuda_bwd(
     partials: dict[str, tuple[int, ...]] = {}
     if "scale" in wanted:
         partials["scale"] = (batch, n, -(-t // _DSCALE_ROWS))
-    if config.deterministic and "bias" in wanted:
-        slices = _dbias_slices(shape_of["bias"], t, s, n, batch)
-        partials["bias"] = (slices, *shape_of["bias"]) if slices > 1 else (0,)
-    if config.deterministic and "relative_bias" in wanted:
+    # Sums of thousands of parts in any order are taken in float64, two float32 each.
+    if "bias" in wanted:
+        shape = shape_of["bias"]
+        if config.deterministic:
+            slices = _dbias_slices(shape, t, s, n, batch)
+            partials["bias"] = (slices, *shape) if slices > 1 else (0,)
+        elif 1 in shape[2:]:
+            partials["bias"] = (2 * math.prod(shape),)
+    if "relative_bias" in wanted:
         diagonals = -(-t // _BIAS_BLOCK) + -(-s // _BIAS_BLOCK) - 1  # of blocks
-        partials["relative_bias"] = (batch, n, diagonals, 2 * _BIAS_BLOCK)
+        shape = batch, n, diagonals, 2 * _BIAS_BLOCK
+        if not config.deterministic:
+            shape = (2 * math.prod(shape_of["relative_bias"]),)
+        partials["relative_bias"] = shape
     results = [
         jax.ShapeDtypeStruct((batch, *ops.q.shape[1:]), dtype),
         jax.ShapeDtypeStruct((batch, *ops.k.shape[1:]), dtype),

@@ -2,11 +2,7 @@
 
 Instances come from the launch table, so a new one cannot be forgotten. `make sanitize` runs this
 under memcheck and racecheck; on its own it checks that all results are finite.
-
-Usage: sanitize.py [PART PARTS]
 """
-
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -131,12 +127,7 @@ def run(instance: dict) -> None:
         print(*of, name, flush=True)
 
 
-def main(part: int = 0, parts: int = 1) -> None:
-    """Every instance, or those of one of several processes that share them out."""
-    for instance in _cuda.instances()[part::parts]:
+if __name__ == "__main__":
+    for instance in _cuda.instances():
         _cuda.limit_shared_memory(SMALL_GPU if instance["small"] else 0)
         run(instance)
-
-
-if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))

@@ -366,6 +366,20 @@ def backward_of(options, **static):
     return attributes(call), signature(call)[1]
 
 
+def test_small_bias_gradients_are_summed_in_float64(kernels):
+    """Two float32 each, where many pairs share an entry; drelative_bias always."""
+
+    def scratch(shape):
+        _, results = backward_of({"bias": jax.ShapeDtypeStruct(shape, jnp.float32)})
+        return results[-2]
+
+    assert scratch((N, T, S)) == "0xf32"
+    assert scratch((N, 1, S)) == f"{2 * N * S}xf32"
+    assert scratch((1, 1)) == "2xf32"
+    relative = jax.ShapeDtypeStruct((1, T + S - 1), jnp.float32)
+    assert backward_of({"relative_bias": relative})[1][-1] == f"{2 * (T + S - 1)}xf32"
+
+
 def test_deterministic_is_passed_on(kernels):
     found, results = backward_of({}, deterministic=True)
     assert (found["deterministic"], found["unbounded"]) == ("true", "true")

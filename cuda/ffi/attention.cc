@@ -389,9 +389,9 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                     ffi::AnyBuffer lse, ffi::AnyBuffer lse_low, ffi::AnyBuffer dout,
                     ffi::AnyBuffer dlse, Result dq, Result dk, Result dv, Result dscale, Result dbias,
                     Result drelative_bias, Result q_hat, Result k_hat, Result v_padded,
-                    Result mask_cells, Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges,
-                    Result dout_padded,
-                    Result q_inverse_norm, Result k_inverse_norm, Result row_stats, Result row_sums,
+                    Result mask_cells, Result mask_bits, Result mask_keys, Result q_ranges,
+                    Result kv_ranges, Result dout_padded, Result q_inverse_norm,
+                    Result k_inverse_norm, Result row_stats, Result row_sums,
                     Result dq_accum, Result dscale_partials, Result dbias_partials,
                     Result diagonal_partials, bool heads_first, bool l2norm_qk, int32_t groups,
                     int32_t left, int32_t right, bool three_passes, bool unbounded, bool deterministic,
@@ -453,6 +453,11 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
       check.shape("dbias_partials", *dbias_partials, ffi::F32,
                   {-1, dense.batch, shape[1], shape[2], shape[3]});
     }
+    // A float64 is two float32 here too.
+    if (!deterministic && (shape[2] == 1 || shape[3] == 1)) {
+      check.shape("dbias_partials", *dbias_partials, ffi::F32, {2 * int64_t(dbias->element_count())});
+      dense.wide = reinterpret_cast<double*>(dbias_partials->untyped_data());
+    }
   }
   if (!is_absent(*drelative_bias)) {
     const auto shape = relative_bias.dimensions();
@@ -466,6 +471,10 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
     if (deterministic) {
       check.shape("diagonal_partials", *diagonal_partials, ffi::F32,
                   {b, n, BlockDiagonals(p).count(), 2 * kBiasBlock});
+    } else {
+      check.shape("diagonal_partials", *diagonal_partials, ffi::F32,
+                  {2 * int64_t(drelative_bias->element_count())});
+      relative.wide = reinterpret_cast<double*>(diagonal_partials->untyped_data());
     }
   }
   if (!check.ok()) return check.error();

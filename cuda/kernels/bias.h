@@ -100,12 +100,20 @@ __device__ inline void add_biases(float (&s)[kM][kN][4], const Problem& p, const
   }
 }
 
+__device__ inline void add_to(const BiasGradient& gradient, int64_t at, float x) {
+  if (gradient.wide != nullptr) {
+    atomicAdd(gradient.wide + at, double(x));
+  } else {
+    atomicAdd(gradient.data + at, x);
+  }
+}
+
 // dbias += ds, a warp's fragment, summed within the warp over the axes that bias does not have.
 template <int kM, int kN>
 __device__ inline void add_to_dbias(const BiasGradient& dbias, const float (&ds)[kM][kN][4],
                                     const Visible& visible, int head, FragmentAt at) {
   const int lane = threadIdx.x % 32;
-  float* data = dbias.data + visible.b % dbias.batch * dbias.stride_batch + head * dbias.stride_head;
+  const int64_t first = visible.b % dbias.batch * dbias.stride_batch + head * dbias.stride_head;
   if (dbias.stride_row != 0 && dbias.stride_col != 0) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
@@ -115,7 +123,7 @@ __device__ inline void add_to_dbias(const BiasGradient& dbias, const float (&ds)
         for (int e = 0; e < 4; ++e) {
           const int i = at.row_of(m, e), j = at.col_of(n, e);
           if (i < visible.seqlen_q && j < visible.seqlen_k) {
-            atomicAdd(data + i * dbias.stride_row + j, ds[m][n][e]);
+            add_to(dbias, first + i * dbias.stride_row + j, ds[m][n][e]);
           }
         }
       }
@@ -130,7 +138,7 @@ __device__ inline void add_to_dbias(const BiasGradient& dbias, const float (&ds)
         for (int m = 0; m < kM; ++m) sum += ds[m][n][e] + ds[m][n][2 + e];
         for (int d = 4; d < 32; d *= 2) sum += __shfl_xor_sync(0xffffffff, sum, d);
         const int j = at.col_of(n, e);
-        if (lane < 4 && j < visible.seqlen_k) atomicAdd(data + j, sum);
+        if (lane < 4 && j < visible.seqlen_k) add_to(dbias, first + j, sum);
       }
     }
   } else {
@@ -146,14 +154,14 @@ __device__ inline void add_to_dbias(const BiasGradient& dbias, const float (&ds)
         sum += __shfl_xor_sync(0xffffffff, sum, 2);
         const int i = at.row_of(m, half * 2);
         if (dbias.stride_row != 0 && lane % 4 == 0 && i < visible.seqlen_q) {
-          atomicAdd(data + i * dbias.stride_row, sum);
+          add_to(dbias, first + i * dbias.stride_row, sum);
         }
         total += sum;
       }
     }
     if (dbias.stride_row == 0) {
       for (int d = 4; d < 32; d *= 2) total += __shfl_xor_sync(0xffffffff, total, d);
-      if (lane == 0) atomicAdd(data, total);
+      if (lane == 0) add_to(dbias, first, total);
     }
   }
 }
@@ -163,8 +171,8 @@ template <class Tile>
 __device__ inline void add_to_drelative_bias(const BiasGradient& drelative, const Tile& ds,
                                              const Problem& p, const Visible& visible, int head,
                                              int m0, int n0) {
-  float* data = drelative.data + visible.b % drelative.batch * drelative.stride_batch +
-                head * drelative.stride_head;
+  const int64_t first =
+      visible.b % drelative.batch * drelative.stride_batch + head * drelative.stride_head;
   const int zero = m0 - n0 + visible.offset + p.seqlen_q - 1;
   for (int d = int(threadIdx.x) - (Tile::kCols - 1); d < Tile::kRows; d += blockDim.x) {
     float sum = 0.f;
@@ -172,7 +180,7 @@ __device__ inline void add_to_drelative_bias(const BiasGradient& drelative, cons
       sum += static_cast<float>(*ds.at(r, r - d));
     }
     const int entry = d + zero;  // outside only for pairs past the end, whose dS is 0
-    if (entry >= 0 && entry < p.seqlen_q + p.seqlen_k - 1) atomicAdd(data + entry, sum);
+    if (entry >= 0 && entry < p.seqlen_q + p.seqlen_k - 1) add_to(drelative, first + entry, sum);
   }
 }
 

@@ -108,6 +108,8 @@ struct RelativeBias {
 // Gradient of one of them, float32: strides as in the operand, batch entry b adds to b % batch.
 struct BiasGradient {
   float* data = nullptr;
+  // Or sums in float64, where an entry adds up thousands of parts in any order: scratch, zeroed.
+  double* wide = nullptr;
   int64_t stride_batch = 0, stride_head = 0, stride_row = 0, stride_col = 0;
   int64_t batch = 1;
 };

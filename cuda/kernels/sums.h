@@ -39,6 +39,12 @@ __global__ void __launch_bounds__(kSumThreads)
   sums[i] = sum;
 }
 
+// sums [size] from the float64 sums of BiasGradient::wide.
+__global__ void __launch_bounds__(kSumThreads) round_sums(const double* wide, float* sums, int64_t size) {
+  const int64_t i = int64_t(blockIdx.x) * kSumThreads + threadIdx.x;
+  if (i < size) sums[i] = float(wide[i]);
+}
+
 // drelative_bias [., 1|N, T + S - 1] from DbiasParams::partials: a diagonal of pairs crosses the blocks of
 // two neighbouring block diagonals, or of one where it is theirs.
 __global__ void __launch_bounds__(kSumThreads)

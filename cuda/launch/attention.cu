@@ -1,6 +1,7 @@
 #include "launch/attention.h"
 
 #include <climits>
+#include <utility>
 
 #include "kernels/cells.h"
 #include "kernels/rows.h"
@@ -232,7 +233,8 @@ Status clear_sums(cudaStream_t stream, const BackwardCall& call) {
   } sums[] = {{call.dq_accum, accum * rows * p.head_dim_padded},
               {call.dscale == nullptr ? nullptr : call.row_sums, sizeof(float2) * rows},
               {call.dbias.data, sizeof(float) * call.dbias_size},
-              {call.drelative_bias.data, sizeof(float) * call.drelative_bias_size}};
+              {call.dbias.wide, sizeof(double) * call.dbias_size},
+              {call.drelative_bias.wide, sizeof(double) * call.drelative_bias_size}};
   for (const auto& [data, bytes] : sums) {
     if (data == nullptr) continue;
     const Status status =
@@ -240,6 +242,18 @@ Status clear_sums(cudaStream_t stream, const BackwardCall& call) {
     if (!status.ok()) return status;
   }
   return {};
+}
+
+// Gradients that were summed in float64.
+Status round_biases(cudaStream_t stream, const BackwardCall& call) {
+  const std::pair<const BiasGradient*, int64_t> biases[] = {
+      {&call.dbias, call.dbias_size}, {&call.drelative_bias, call.drelative_bias_size}};
+  for (const auto& [gradient, size] : biases) {
+    if (gradient->wide == nullptr) continue;
+    round_sums<<<static_cast<unsigned>(ceil_div(size, kSumThreads)), kSumThreads, 0, stream>>>(
+        gradient->wide, gradient->data, size);
+  }
+  return status_of(cudaGetLastError(), "rounding the gradient of a bias");
 }
 
 // The same sums, in one order.
@@ -356,6 +370,8 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                              return ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv *
                                     p.batch;
                            });
+  if (!status.ok()) return status;
+  status = round_biases(stream, call);
   if (!status.ok()) return status;
 
   const DqParams dq{.problem = p,

@@ -59,7 +59,7 @@ struct BackwardCall {
   int64_t dbias_size, drelative_bias_size;
   bool unbounded;
   bool deterministic;             // every sum in one order; wants unbounded
-  float* dbias_partials;          // scratch, dbias_slices times dbias; unused for one slice
+  float* dbias_partials;          // scratch, dbias_slices times dbias; with more than one slice
   int dbias_slices;               // deterministic: CTAs that share out the sum of a block of dbias
   float* diagonal_partials;       // scratch of DbiasParams; deterministic, with drelative_bias
 };
