@@ -12,5 +12,4 @@ def limit_shared_memory(bytes: int, /) -> None:
     """For tests: chooses kernels as on a GPU with this many bytes for a CTA; 0: as the device says."""
 
 def instances() -> list[dict[str, Any]]:
-    """The launch table: direction, arithmetic, unbounded, small, head_dim, block sizes, shared memory.
-    """
+    """The launch table: direction, arithmetic, unbounded, small, head_dim, block sizes, shared memory."""

@@ -97,7 +97,7 @@ def run(instance: dict) -> None:
         k, v = rng.standard_normal((2, batch, size["s"], size["k"], size["h"]))
         if not options.get("l2norm_qk", True):
             q, k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (q, k))
-        # Without a bound the forward keeps a running maximum; from 16 on its unit rows are bfloat16.
+        # Without a bound the forward keeps a running maximum; above 16 its unit rows are bfloat16.
         bound = None if instance["unbounded"] else 8.0
         if (instance["direction"], instance["arithmetic"], bound) == ("fwd", "bfloat16", 8.0):
             bound = 40.0
