@@ -9,7 +9,7 @@ def build_info() -> dict[str, str]:
     """Architectures, CUDA version, and the jaxlib and FFI API of the headers."""
 
 def limit_shared_memory(bytes: int, /) -> None:
-    """For tests: chooses kernels as on a GPU with this many bytes for a CTA; 0: as the device says."""
+    """For tests: chooses kernels as if a CTA could have this many bytes; 0: what the device says."""
 
 def instances() -> list[dict[str, Any]]:
-    """The launch table: direction, arithmetic, unbounded, small, head_dim, block sizes, shared memory."""
+    """The launch table: direction, arithmetic, unbounded, small, head_dim, blocks, shared memory."""
