@@ -9,7 +9,7 @@ def build_info() -> dict[str, str]:
     """Architectures, CUDA version, and the jaxlib and FFI API of the headers."""
 
 def limit_shared_memory(bytes: int, /) -> None:
-    """For tests: chooses kernels as if a CTA could have this many bytes; 0: what the device says."""
+    """For tests: chooses kernels as if a CTA had this many bytes; 0: as the device says."""
 
 def instances() -> list[dict[str, Any]]:
-    """The launch table: direction, arithmetic, unbounded, small, head_dim, blocks, shared memory."""
+    """The launch table: one dict for each compiled kernel."""
