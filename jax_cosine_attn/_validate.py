@@ -20,7 +20,7 @@ _FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64)
 # What jax.lax.DotAlgorithmPreset, a value of jax_default_matmul_precision too, means for float32.
 _ALGORITHMS: dict[str, Literal["default", "high", "highest"]] = {
     "TF32_TF32_F32": "high",
-    "BF16_BF16_F32_X3": "high",
+    "BF16_BF16_F32_X3": "highest",  # more digits than TF32, which "high" is on a GPU
     "BF16_BF16_F32_X6": "highest",
     "BF16_BF16_F32_X9": "highest",
     "TF32_TF32_F32_X3": "highest",

@@ -254,7 +254,7 @@ def test_same_as_jax_nn_on_normalised_inputs(implementation):
         (("default", "highest"), "highest"),
         ((None, jax.lax.Precision.HIGH), "high"),
         ("TF32_TF32_F32_X3", "highest"),
-        (jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3, "high"),
+        (jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X3, "highest"),
         ("BF16_BF16_F32", "default"),
     ],
 )

@@ -366,18 +366,27 @@ def backward_of(options, **static):
     return attributes(call), signature(call)[1]
 
 
+@pytest.mark.parametrize(
+    ("precision", "three_passes"),
+    [(None, "false"), ("high", "false"), ("tensorfloat32", "false"), ("float32", "true")],
+    ids=str,
+)
+def test_precision_of_float32_products(kernels, precision, three_passes):
+    """As jax.lax.Precision says for GPUs: TF32 unless float32 itself is asked for."""
+    text = lowered(lambda *x: cosine_attention(*x, precision=precision), *arrays(jnp.float32))
+    (call,) = calls(text, "jax_cosine_attn_fwd")
+    assert attributes(call)["three_passes"] == three_passes
+
+
 def test_small_bias_gradients_are_summed_in_float64(kernels):
-    """Two float32 each, where many pairs share an entry; drelative_bias always."""
-
-    def scratch(shape):
+    """Two float32 each, where many pairs share an entry."""
+    for shape, scratch in [
+        ((N, T, S), "0xf32"),
+        ((N, T, 1), f"{2 * N * T}xf32"),
+        ((1, 1), "2xf32"),
+    ]:
         _, results = backward_of({"bias": jax.ShapeDtypeStruct(shape, jnp.float32)})
-        return results[-2]
-
-    assert scratch((N, T, S)) == "0xf32"
-    assert scratch((N, 1, S)) == f"{2 * N * S}xf32"
-    assert scratch((1, 1)) == "2xf32"
-    relative = jax.ShapeDtypeStruct((1, T + S - 1), jnp.float32)
-    assert backward_of({"relative_bias": relative})[1][-1] == f"{2 * (T + S - 1)}xf32"
+        assert results[-2] == scratch
 
 
 def test_deterministic_is_passed_on(kernels):
@@ -419,7 +428,7 @@ def test_partial_sums_of_biases(kernels):
     # Two batch entries add to each block of dbias; relative_bias has one diagonal of blocks.
     assert results[-3:] == ["0xf32", "2x1x4x1x7xf32", "2x4x1x128xf32"]
     _, results = backward_of(options)
-    assert results[-3:] == ["0xf32"] * 3
+    assert results[-3:] == ["0xf32", f"{2 * N * S}xf32", f"{2 * (T + S - 1)}xf32"]
 
 
 @pytest.mark.parametrize(
