@@ -52,7 +52,7 @@ test-full: $(DEV)
 test-gpu: $(DEV)
 	$(PY) -c "import jax, jax_cosine_attn as j; c = j.show_config(); \
 	    assert jax.default_backend() == 'gpu' and j.has_cuda_kernels(), 'no GPU or no kernels'"
-	$(PY) -m pytest -p no:benchmark -n $(JOBS) --junitxml=build/test-gpu.xml $(PYTEST_ARGS) $(TESTS); \
+	$(PY) -m pytest -p no:benchmark -n $(JOBS) --dist worksteal --junitxml=build/test-gpu.xml $(PYTEST_ARGS) $(TESTS); \
 	status=$$?; \
 	$(PY) tests/gpu_record.py write build/test-gpu.xml --commit $(COMMIT) --record $(RECORD); \
 	exit $$status
