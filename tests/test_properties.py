@@ -220,9 +220,7 @@ def call(bucket: Bucket, draw: Draw) -> tuple[Callable[..., Inputs], dict[str, A
         no_part = ("bias", "relative_bias", "deterministic")
         others = {name: x for name, x in options.items() if name not in no_part}
         made = inputs(seed=0)
-        allowed = oracle.attention(
-            *(made[x] for x in ("query", "key", "value")), **others
-        ).allowed
+        allowed = oracle.attention(*(made[x] for x in ("query", "key", "value")), **others).allowed
         arrays["bias"][oracle.summed_to(allowed.astype(int), arrays["bias"].shape) == 0] = np.nan
     return inputs, options
 
@@ -248,9 +246,7 @@ def test_contract(implementation, number):
         hypothesis.note(str(compiled_for))
         inputs, options = call(compiled_for, draw)
         signatures.add(signature(inputs(seed=0), options))
-        check(
-            implementation, inputs, form=compiled_for.form, shared=compiled_for.shared, **options
-        )
+        check(implementation, inputs, form=compiled_for.form, shared=compiled_for.shared, **options)
 
     with jax.enable_x64(True) if compiled_for.dtype == "float64" else contextlib.nullcontext():
         holds()
