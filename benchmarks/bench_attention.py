@@ -265,6 +265,15 @@ def provenance(commit: str) -> dict[str, Any]:
     }
 
 
+def write_results(path: Path | None, commit: str | None, content: dict[str, Any]) -> None:
+    """JSON of content and where it comes from; without a commit git's, without a path nothing."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(provenance(commit or git_commit()) | content, indent=1) + "\n")
+    print(f"written to {path}")
+
+
 def git_commit() -> str:
     command = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:
@@ -343,11 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for row in new_rows:
                     print_row(row)
                 rows += new_rows
-    if arguments.json is not None:
-        content = provenance(arguments.commit or git_commit()) | {"rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-        print(f"written to {arguments.json}")
+    write_results(arguments.json, arguments.commit, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ read and written over time. Device spans on a GPU.
 import argparse
 import functools
 import itertools
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,12 +21,11 @@ from bench_attention import (
     Case,
     available_peers,
     family,
-    git_commit,
     normalise,
     peer,
     prepare,
     problem_of,
-    provenance,
+    write_results,
 )
 from shapes import Shape
 from timing import launch_as_graphs, measure
@@ -141,15 +139,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         shape = Shape(batch, seq_len, NUM_HEADS, NUM_HEADS_KV, HEAD_DIM)
         rows.append(run(shape, peers, arguments.num_times, copied))
         print_row(rows[-1])
-    if arguments.json is not None:
-        content = provenance(arguments.commit or git_commit()) | {
-            "num_heads": NUM_HEADS,
-            "num_heads_kv": NUM_HEADS_KV,
-            "head_dim": HEAD_DIM,
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    of_all = {"num_heads": NUM_HEADS, "num_heads_kv": NUM_HEADS_KV, "head_dim": HEAD_DIM}
+    write_results(arguments.json, arguments.commit, of_all | {"rows": rows})
 
 
 if __name__ == "__main__":

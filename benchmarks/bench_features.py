@@ -7,7 +7,6 @@ of its yardstick, their ratio, and the ratio that was asked for where there is o
 
 import argparse
 import functools
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from bench_attention import OURS, SCALE, family, git_commit, prepare, provenance
+from bench_attention import OURS, SCALE, family, prepare, write_results
 from timing import launch_as_graphs, measure
 
 import jax_cosine_attn
@@ -156,14 +155,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{row['ratio']:>8.3f}{wanted:>9}  {row['family']}",
                 flush=True,
             )
-    if arguments.json is not None:
-        content = provenance(arguments.commit or git_commit()) | {
-            "num_heads": NUM_HEADS,
-            "head_dim": HEAD_DIM,
-            "rows": rows,
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    of_all = {"num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
+    write_results(arguments.json, arguments.commit, of_all | {"rows": rows})
 
 
 if __name__ == "__main__":

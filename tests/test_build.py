@@ -75,7 +75,8 @@ def test_every_call_has_a_kernel_in_99_kb():
     are unbounded, and take bounded calls too."""
     from jax_cosine_attn import _cuda
 
-    fitting = [i for i in _cuda.instances() if i["smem_bytes"] + 384 <= 99 * 1024]
+    static = 384  # bytes that kernels declare themselves: kStatic in cuda/launch/instances.cc
+    fitting = [i for i in _cuda.instances() if i["smem_bytes"] + static <= 99 * 1024]
     keys = {(i["direction"], i["arithmetic"]) for i in _cuda.instances()}
     for direction, arithmetic in sorted(keys):
         mine = [i for i in fitting if (i["direction"], i["arithmetic"]) == (direction, arithmetic)]

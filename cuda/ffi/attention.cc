@@ -7,7 +7,6 @@
 
 #include <algorithm>
 #include <initializer_list>
-#include <iterator>
 #include <string>
 
 #include "launch/attention.h"
@@ -150,8 +149,6 @@ void set_strides(Pairs& pairs, const ffi::AnyBuffer& buffer) {
   pairs.stride_col = d[3] == 1 ? 0 : 1;
 }
 
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
                    const Attributes& attributes) {
   const auto& [q, k, v, scale, bias, relative_bias, mask, q_lengths, kv_lengths, q_segments,
@@ -173,7 +170,7 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
   const auto dq = q.dimensions(), dk = k.dimensions();
   const int64_t t = dq[heads_first ? 2 : 1], n = dq[heads_first ? 1 : 2], h = dq[3];
   const int64_t s = dk[heads_first ? 2 : 1], kv = dk[heads_first ? 1 : 2];
-  check.require(dk[3] == h && h >= 1 && h <= kHeadDims[std::size(kHeadDims) - 1],
+  check.require(dk[3] == h && h >= 1 && h <= kMaxHeadDim,
                 "head dims: got q " + shape_text(q) + ", k " + shape_text(k));
   check.require(kv >= 1 && n % std::max<int64_t>(kv, 1) == 0,
                 "heads: got q " + shape_text(q) + ", k " + shape_text(k));

@@ -15,8 +15,6 @@ Status status_of(cudaError_t error, const char* what) {
   return {std::string(what) + ": " + cudaGetErrorString(error)};
 }
 
-int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
-
 // Calls f with the C++ type of the inputs.
 template <class F>
 Status with_dtype(Arithmetic arithmetic, F f) {

@@ -1,7 +1,7 @@
 // The launch table: every compiled kernel instance of the attention products.
 #pragma once
 
-#include <cstddef>
+#include <cstdint>
 #include <span>
 
 namespace jca {
@@ -13,7 +13,9 @@ enum class Direction { kForward, kBackward, kDecode, kDq, kDbias };
 // float16.
 enum class Arithmetic { kFloat16, kBfloat16, kFloat16Bfloat16, kTf32, kThreeTf32 };
 
-inline constexpr int kHeadDims[] = {32, 64, 96, 128, 192, 256};
+inline constexpr int kMaxHeadDim = 256;
+
+inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 
 struct Instance {
   Direction direction;
