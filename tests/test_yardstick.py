@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import yardstick
-from yardstick import check, make_inputs
+from yardstick import Errors, check, hold, make_inputs
 
 F32 = np.dtype(np.float32)
 SCALE = np.array([8, -2], np.float32)
@@ -50,3 +50,22 @@ def test_luck_averages_out(monkeypatch, name):
     monkeypatch.undo()
     off_by(monkeypatch, name, lambda call: 3.0 * (call == 0))
     check("reference", inputs, scale=SCALE)
+
+
+def test_other_calls_are_made_where_one_misses():
+    """The mean of the errors is held to the mean of the limits, here 2."""
+
+    def seeds(errors: Callable[[int], float]) -> list[int]:
+        seen = []
+
+        def errors_of(seed: int) -> Errors:
+            seen.append(seed)
+            return {"out": (np.array([errors(seed)]), np.ones(1), np.zeros(1))}
+
+        hold(errors_of, F32)
+        return seen
+
+    assert seeds(lambda seed: 2.0) == [0]
+    assert seeds(lambda seed: 3.0 if seed == 0 else 1.5) == list(range(yardstick.CALLS))
+    with pytest.raises(AssertionError, match="out: maximum error 2.06, at most 2 "):
+        seeds(lambda seed: 3.0 if seed == 0 else 2.0)
