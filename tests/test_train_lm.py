@@ -103,8 +103,11 @@ class TestRun:
         run(tmp_path, data, "--resume", max_minutes=0)
         assert records(tmp_path)[-1]["step"] == 2
         run(tmp_path, data, "--resume")
-        # On a GPU float32 sums by atomic additions have no fixed order; a step here is 1e-2.
-        tolerance = 0 if jax.default_backend() == "cpu" else 2e-5
+        # On a GPU float32 sums by atomic additions have no fixed order, and Adam divides by small
+        # ones: 2.3e-5 has been seen. On a CPU, where a right resume differs by nothing, one at step
+        # 2 that loses the parameters moves some parameter by 0.05 in the end, the counts 0.07, a
+        # moment or both 0.1, and batches shifted by one 0.1.
+        tolerance = 0 if jax.default_backend() == "cpu" else 1e-3
         jax.tree.map(
             functools.partial(np.testing.assert_allclose, rtol=0, atol=tolerance),
             final_state(tmp_path, data),
