@@ -211,6 +211,10 @@ class _Call:
             # transposing the narrow side first; the barrier keeps XLA from folding it back.
             x, left = lax.optimization_barrier(x.swapaxes(1, 2)), left[::-1]
         z = jnp.einsum(f"n{left},n{right}->n{out}", x, y, precision=self.precision)
+        if out == "rs":
+            # Rounded once: of one row XLA makes a sum that it computes anew in every fusion that
+            # reads it, each in another order, and then weights do not add up to their total.
+            z = lax.optimization_barrier(z)
         heads, rows = (self.n, self.block_q) if out[0] == "r" else (self.k_heads, z.shape[1])
         return z.reshape(self.chunk, heads, rows, z.shape[2])
 

@@ -385,6 +385,19 @@ def test_scale_at_and_beyond_its_bound(implementation, beyond):
     np.testing.assert_array_equal(grads["scale"], want["scale"] * np.array(factor, np.float32))
 
 
+def test_only_visible_key_has_a_weight_of_one():
+    """Exactly, in the backward of "xla" too, which divides weights by the total of the same."""
+    sizes = Sizes(b=8, t=1, s=130, n=2, k=2, h=16)
+    inputs, seen = make_inputs(F32, **sizes._asdict()), 37
+    *_, (_, _, dv), _ = measured(
+        "xla", tuple(inputs[x] for x in ("query", "key", "value")),
+        {"relative_bias": normal(np.random.default_rng(1), sizes.n, sizes.s)},
+        {"mask": np.arange(sizes.s) == seen}, inputs["dout"], inputs["dlse"],
+        (("precision", "highest"),),
+    )  # fmt: skip
+    np.testing.assert_array_equal(dv[:, seen], inputs["dout"][:, 0])
+
+
 @pytest.mark.parametrize("s", [1, 2, 7, 40])
 @pytest.mark.parametrize("scale", [0.0, 1e-3, -0.5])
 def test_scale_far_below_its_bound(implementation, scale, s):
