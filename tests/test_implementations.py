@@ -141,6 +141,16 @@ OPTIONS: dict[str, Options] = {
         "query_seq_lengths": int32(z.t, z.t - 40),
         "key_value_seq_lengths": int32(z.s - 7, z.s),
     },
+    "key-mask-prefix-lengths-causal": lambda z, rng: {
+        "mask": np.stack([np.arange(z.s) < 3 * z.s // 4, mask(rng, z.s)])[:, None, None],
+        "query_seq_lengths": int32(z.t - 5, z.t),
+        "key_value_seq_lengths": int32(z.s - 7, z.s),
+        "is_causal": True,
+    },
+    "key-mask-prefix-window": lambda z, rng: {
+        "mask": np.arange(z.s) < np.array([[[[z.s // 2]]], [[[0]]]]),
+        "local_window_size": (z.s // 4, 5),
+    },
     "key-mask-segments": lambda z, rng: {
         "mask": mask(rng, 1, 1, 1, z.s),
         "segment_ids": (ids(rng, z.b, z.t), ids(rng, z.b, z.s)),
@@ -285,8 +295,9 @@ DECODE_SIZES = (
 )
 DECODE_OPTIONS = (
     "plain", "normalised", "causal", "query-lengths", "key-lengths", "lengths-causal",
-    "padded-entry", "padded-entry-causal", "key-mask", "key-mask-causal", "key-mask-per-head",
-    "row-mask", "full-mask", "sparse-mask", "empty-mask", "window", "window-left", "window-causal",
+    "padded-entry", "padded-entry-causal", "key-mask", "key-mask-causal",
+    "key-mask-prefix-lengths-causal", "key-mask-prefix-window", "key-mask-per-head", "row-mask",
+    "full-mask", "sparse-mask", "empty-mask", "window", "window-left", "window-causal",
     "segments", "segments-causal", "scale-10", "scale-negative", "scale-learned-bounded",
 )  # fmt: skip
 
@@ -547,8 +558,9 @@ def test_blockwise_batch_rule(monkeypatch, seed, heads_per_step):
 # Gradients that are bitwise equal from run to run: on CUDA by kernels of their own.
 
 DETERMINISTIC_OPTIONS = (
-    "plain", "lengths-causal", "padded-entry-causal", "key-mask-causal", "full-mask", "empty-mask",
-    "groups", "normalised", "full-bias", "bias-of-all-entries", "bias-of-all-heads", "bias-matrix",
+    "plain", "lengths-causal", "padded-entry-causal", "key-mask-causal",
+    "key-mask-prefix-lengths-causal", "key-mask-prefix-window", "full-mask", "empty-mask", "groups",
+    "normalised", "full-bias", "bias-of-all-entries", "bias-of-all-heads", "bias-matrix",
     "bias-per-key", "bias-vector", "bias-per-row", "bias-per-head", "bias-number",
     "bias-float16-causal", "bias-minus-infinity", "relative", "relative-of-all-heads",
     "relative-lengths", "relative-cutoff", "window", "window-right-lengths", "segments-causal",

@@ -31,7 +31,7 @@ struct Visible {
   int b;
   int seqlen_q;    // T_b
   int seqlen_k;    // keys below S_b
-  int position_k;  // S_b
+  int position_k;  // keys stand below it: S_b, or where a prefix of them ends
   int offset;      // S_b - T_b
   int left, right;
   // What the operands hold for this entry, null without them. Batch indices cost divisions.
@@ -67,6 +67,11 @@ struct Visible {
         ranks = p.mask.keys + p.mask.batch(b) * p.mask.keys_size();
         keys = ranks + p.mask.cell_cols() + 1;
         seqlen_k = rank(position_k);
+        // A list that is a prefix, as padding at the end leaves, is not worth its look-ups.
+        if (seqlen_k == 0 || keys[seqlen_k - 1] == seqlen_k - 1) {
+          keys = nullptr;
+          position_k = seqlen_k;
+        }
       }
     }
     if (p.q_segments.data != nullptr) {

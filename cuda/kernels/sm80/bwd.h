@@ -335,7 +335,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   // dv straight from the registers; dk through shared memory, one row to a group of lanes.
   __syncthreads();
   // Keys that are not in a list have been given zeros.
-  const int end_key = visible.keys == nullptr ? p.seqlen_k : visible.seqlen_k;
+  const int end_key = p.mask.keys == nullptr ? p.seqlen_k : visible.seqlen_k;
   float* sdK = reinterpret_cast<float*>(smem);
   const auto gdV = params.dv.head<T>(b, head_kv);
 #pragma unroll
