@@ -32,11 +32,10 @@ _CELL_ROWS, _CELL_COLS = 64, 32
 # of the gradient of a bias; kLeastRowsPerBlock and kBiasBlock there.
 _DSCALE_ROWS, _BIAS_BLOCK = 8, 64
 _CTAS = 264  # fill a GPU: two on each of the 132 SMs of an H100
-# The decode kernel: what it takes (kMaxPackedRows and kMinSplitKeys in cuda/) and the keys of a
-# split. Fewer keys than the shortest split has are not worth a CTA. The longest is for batches of
-# unequal lengths: the longest entry would keep a few CTAs busy after all others.
+# The decode kernel: what it takes (kMaxPackedRows in cuda/), the least keys of a split and those
+# that splits are whole numbers of (kMinSplitKeys and kShareKeys there).
 _DECODE_QUERIES, _PACKED_ROWS = 16, 64
-_SHORTEST_SPLIT, _LONGEST_SPLIT = 256, 8192
+_SHORTEST_SPLIT, _SHARE_KEYS = 128, 64
 # Operands with a gradient beside q, k and v, in the handler's order.
 _OPTIONS = ("scale", "bias", "relative_bias")
 
@@ -169,13 +168,16 @@ def _decode_splits(ops: Operands, config: Config) -> int:
     ):
         return 0
 
-    def cost(splits: int) -> int:
-        # CTAs run in waves. Each takes as long as its keys, and to start, to fill its pipeline and
-        # to add up its results as long as the keys that are not worth a CTA.
-        waves = -(-config.batch * k * splits // _CTAS)
-        return waves * (-(-s // splits) + _SHORTEST_SPLIT)
+    def cost(splits: int) -> float:
+        # In the time that one of _CTAS takes to read a key. CTAs share the memory's rate, and so
+        # the last of several waves need not be full. Beside its keys a CTA has sums to write, which
+        # are read again: a row's, in float32, take as long as two keys. At the end some CTAs run
+        # on alone, by an eighth of their time, and then there are partial results to be added up.
+        keys = _padded(-(-s // splits), _SHARE_KEYS)
+        waves = max(1, config.batch * k * -(-s // keys) / _CTAS)
+        return waves * (keys + 2 * (n // k * t) + 16) + keys / 8 + 48 * (splits > 1)
 
-    return min(range(max(1, s // _LONGEST_SPLIT), s // _SHORTEST_SPLIT + 1), key=cost)
+    return min(range(1, -(-s // _SHORTEST_SPLIT) + 1), key=cost)
 
 
 def _call(
@@ -255,16 +257,14 @@ def _pre_pass(
 
 def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(out, lse, lse_low) from the kernels, the latter two float32 [B, N, T]."""
-    t, n, _, k, h = shapes(ops, config)
+    t, n, _, _, h = shapes(ops, config)
     dtype = ops.q.dtype
     shift = _constant_shift(ops, config.bound)
     splits = _decode_splits(ops, config)
     hat = _unit_row_dtype(ops, config.bound)
     partials: tuple[int, ...] = (0,)
-    arrivals: tuple[int, ...] = (0,)
-    if splits:
-        partials = (config.batch, k, splits, n // k * t, h + 4)  # a row: out's sums, and l
-        arrivals = (config.batch, k)
+    if splits > 1:
+        partials = (config.batch, n, t, splits, h + 4)  # out's sums, and l
     rows = jax.ShapeDtypeStruct((config.batch, n, t), jnp.float32)
     results = [
         jax.ShapeDtypeStruct((config.batch, *ops.q.shape[1:]), dtype),
@@ -272,7 +272,6 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
         rows,
         *_pre_pass(ops, config, hat, decode=splits > 0),
         jax.ShapeDtypeStruct(partials, jnp.float32),
-        jax.ShapeDtypeStruct(arrivals, jnp.uint32),
     ]
     out, lse, lse_low, *_ = _call(
         "jax_cosine_attn_fwd",

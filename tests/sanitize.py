@@ -66,8 +66,8 @@ def calls(instance: dict):
 
 
 def decode_calls(head_dim: int, t: int):
-    """The same for four query heads a kv head, with one split and with two."""
-    yield "plain", dict(t=t, s=256, n=4, k=1, h=head_dim), {}, {}
+    """The same for four query heads a kv head, with one split and with several."""
+    yield "plain", dict(t=t, s=128, n=4, k=1, h=head_dim), {}, {}
     ragged = dict(t=t - 1, s=601, n=8, k=2, h=head_dim - 8)
     options = {
         "is_causal": True,

@@ -151,10 +151,10 @@ def test_features_beside_plain_calls(tmp_path, capsys, monkeypatch):
 
 def test_decode_beside_a_copy(tmp_path, capsys):
     file = tmp_path / "decode.json"
-    sizes = ("--batches", "2", "--seq-lens", "64", "--copy-mib", "1", "--peers", "xla")
+    sizes = ("--batches", "1", "--seq-lens", "256", "--copy-mib", "1", "--peers", "xla")
     bench_decode.main([*sizes, "--num-times", "1", "--json", str(file)])
     (row,) = json.loads(file.read_text())["rows"]
-    assert row["bytes"] == 2 * 2 * 2 * 64 * 8 * 128
+    assert row["bytes"] == 2 * 2 * 256 * 8 * 128
     assert row["implementations"].keys() == {"copy", "jax_cosine_attn", "xla"}
     assert row["family"] and not row["problems"]
     for name, result in row["implementations"].items():

@@ -321,9 +321,8 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                    ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, Result out, Result lse,
                    Result lse_low, Result q_hat, Result k_hat, Result v_padded, Result mask_cells,
                    Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges,
-                   Result partials, Result arrivals,
-                   bool heads_first, bool l2norm_qk, int32_t groups, int32_t left, int32_t right,
-                   bool three_passes, bool unbounded, float shift, int32_t splits,
+                   Result partials, bool heads_first, bool l2norm_qk, int32_t groups, int32_t left,
+                   int32_t right, bool three_passes, bool unbounded, float shift, int32_t splits,
                    ffi::Span<const int64_t> div) {
   Checker check;
   const auto d = out->dimensions();
@@ -344,8 +343,9 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
     check.require(in.dtype != ffi::F32 && p.head_dim % 8 == 0 && rows >= 1 &&
                       rows <= kMaxPackedRows && !unbounded && (groups == 1 || !l2norm_qk),
                   "not a call for decode: got q " + shape_text(q) + ", k " + shape_text(k));
-    check.shape("partials", *partials, ffi::F32, {p.batch, kv, splits, rows, hp + 4});
-    check.shape("arrivals", *arrivals, ffi::U32, {p.batch, kv});
+    if (splits > 1) {
+      check.shape("partials", *partials, ffi::F32, {p.batch, n, p.seqlen_q, splits, hp + 4});
+    }
   }
   const bool half_rows =
       in.dtype == ffi::BF16 && !unbounded && q_hat->element_type() == ffi::F16;
@@ -375,8 +375,7 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                                           .lse_low = lse_low->typed_data<float>(),
                                           .unbounded = unbounded,
                                           .splits = splits,
-                                          .partials = partials->typed_data<float>(),
-                                          .arrivals = arrivals->typed_data<uint32_t>()}));
+                                          .partials = partials->typed_data<float>()}));
 }
 
 ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -544,7 +543,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Ret<AnyBuffer>()  // q_ranges
                                   .Ret<AnyBuffer>()  // kv_ranges
                                   .Ret<AnyBuffer>()  // partials
-                                  .Ret<AnyBuffer>()  // arrivals
                                   .Attr<bool>("heads_first")
                                   .Attr<bool>("l2norm_qk")
                                   .Attr<int32_t>("groups")

@@ -162,7 +162,7 @@ struct FwdParams {
   float shift, shift_log2;  // c of P = exp(S - c), and times log2 e; unused with a running maximum
 };
 
-constexpr int kMinSplitKeys = 256;  // fewer are not worth a CTA of their own
+constexpr int kMinSplitKeys = 128;  // fewer are not worth a CTA of their own
 
 struct DecodeParams {
   Problem problem;
@@ -171,8 +171,7 @@ struct DecodeParams {
   float* lse_low;
   float shift, shift_log2;
   int splits;               // CTAs of a (batch, kv head)
-  float* partials;          // [B, K, splits, N / K * T, H + 4]
-  uint32_t* arrivals;       // [B, K], zeroed: splits that are done; unused with one split
+  float* partials;          // [B, N, T, splits, H + 4], H sums of P v and that of P; unused with one split
 };
 
 // Rows of one (batch, head) in the per-row numbers of the backward, float32 [B, N, kRowStats, Tp].

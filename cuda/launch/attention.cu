@@ -1,10 +1,12 @@
 #include "launch/attention.h"
 
+#include <algorithm>
 #include <climits>
 #include <utility>
 
 #include "kernels/cells.h"
 #include "kernels/rows.h"
+#include "kernels/splits.h"
 #include "kernels/sums.h"
 
 namespace jca {
@@ -197,11 +199,6 @@ Status decode(cudaStream_t stream, const ForwardCall& call) {
   const Problem& p = call.problem;
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  if (call.splits > 1) {
-    const size_t bytes = sizeof(uint32_t) * p.batch * p.num_heads_kv;
-    status = status_of(cudaMemsetAsync(call.arrivals, 0, bytes, stream), "clearing arrivals");
-    if (!status.ok()) return status;
-  }
   const DecodeParams params{.problem = p,
                             .q = call.q,
                             .k = call.k,
@@ -212,12 +209,32 @@ Status decode(cudaStream_t stream, const ForwardCall& call) {
                             .shift = call.shift,
                             .shift_log2 = call.shift * kLog2e,
                             .splits = call.splits,
-                            .partials = call.partials,
-                            .arrivals = call.arrivals};
-  return launch_instance(
+                            .partials = call.partials};
+  status = launch_instance(
       stream, Direction::kDecode, call.arithmetic, false, params,
       [&](const Instance&) { return int64_t(p.num_heads_kv) * call.splits * p.batch; },
       p.num_heads / p.num_heads_kv * p.seqlen_q);
+  if (!status.ok() || call.splits == 1 || p.batch == 0) return status;
+
+  const auto kernel =
+      call.arithmetic == Arithmetic::kFloat16 ? sum_splits<__half> : sum_splits<__nv_bfloat16>;
+  // Code of sm_90 on waits for the decode kernel itself, and so it can be there when that ends. Not so what
+  // a later GPU makes of the PTX of sm_80.
+  cudaFuncAttributes code;
+  status = status_of(cudaFuncGetAttributes(&code, kernel), "sum_splits");
+  if (!status.ok()) return status;
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  const int chunks = p.head_dim / 4 + 1;
+  const int slices = std::min<int>(kSplitThreads / chunks, ceil_div(call.splits, kSplitLoads));
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(p.batch, p.num_heads, p.seqlen_q);
+  config.blockDim = dim3(chunks, slices);
+  config.stream = stream;
+  config.attrs = &early;
+  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+  return status_of(cudaLaunchKernelEx(&config, kernel, params), "sum_splits");
 }
 
 // Zeros for what CTAs of the backward add to by atomics.

@@ -29,7 +29,6 @@ struct ForwardCall {
   bool unbounded;                 // Instance::unbounded
   int splits;                     // CTAs of a (batch, kv head) of the decode kernel; 0: the other
   float* partials;                // scratch of DecodeParams
-  uint32_t* arrivals;
 };
 // What decode takes beside what the forward does: 16-bit rows of a multiple of 8 elements, at most
 // kMaxPackedRows queries for a kv head, bounded logits, and keys with one norm or none. q_hat, k_hat and

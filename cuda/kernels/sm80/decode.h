@@ -3,11 +3,12 @@
 // The query heads of one kv head are packed into one tile of rows, so each key and value is read once, as
 // it lies in memory: a key's norm is taken from the tile that the product needs anyway. Queries are raw too:
 // their norm and scale are a factor of the finished product. CTAs split the keys. Logits are bounded,
-// P = exp(S - c) has the same constant c everywhere, and so partial results are plain sums: the last CTA of
-// a (batch, kv head) adds them up, in a fixed order, and divides.
+// P = exp(S - c) has the same constant c everywhere, and so partial results are plain sums, which a second
+// kernel adds up (splits.h).
 #pragma once
 
 #include "kernels/sm80/fwd.h"
+#include "kernels/splits.h"
 
 namespace jca::sm80 {
 
@@ -28,6 +29,7 @@ struct DecodeTile {
   static_assert(kTeamWarps == 1 || kTeams == 1);
   static constexpr int kTeamKeys = kBlockN / kTeams;
   static constexpr int kThreads = 32 * kWarps;
+  static_assert(kWarps == 4);  // that share out lookups
   // Two CTAs on an SM of 228 KB have 128 KB in flight, several times what latency asks for; one fits into
   // the 99 KB of sm_86.
   static constexpr int kStages = kHeadDim <= 64 ? 4 : 3;
@@ -146,6 +148,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   constexpr int kTeams = Tile::kTeams, kTeamThreads = 32 * Tile::kTeamWarps;
   constexpr int kSteps = kHeadDim / Op::kK, kNV = kHeadDim / 8;
 
+  // As soon as that: when every CTA has its place, the next kernel cannot take one.
+  ptx::launch_dependent_grids();
   const Problem& p = params.problem;
   const int head_kv = blockIdx.x % p.num_heads_kv;
   const int split = blockIdx.x / p.num_heads_kv % params.splits;
@@ -162,25 +166,18 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   __shared__ int stage_blocks[Tile::kWarps][kStages];
   constexpr int kNotYet = -2, kNone = -1;
   __shared__ Rows::Head<const T> queries, keys_and_values[2];
-  if (threadIdx.x < 2) {
-    keys_and_values[threadIdx.x] = (threadIdx.x == 0 ? params.k : params.v).head<const T>(b, head_kv);
-  } else if (threadIdx.x == 2) {
+  // Beside what the first warp looks up: batch indices cost divisions, and no key is on its way yet.
+  if (threadIdx.x == 32 || threadIdx.x == 64) {
+    const int which = threadIdx.x / 64;
+    keys_and_values[which] = (which == 0 ? params.k : params.v).head<const T>(b, head_kv);
+  } else if (threadIdx.x == 96) {
     queries = params.q.head<const T>(b, head);
   }
   __shared__ Visible visible;
   Visible::init(visible, p, b);
 
-  // This split's blocks of keys. Splits share out what the entry's rows can see, not S; of few keys some
-  // splits get none.
-  const int first_block = visible.k_begin(0) / kBlockN;
-  const int blocks =
-      max(0, (visible.k_end(0, p.seqlen_q) + kBlockN - 1) / kBlockN - first_block);
-  const int blocks_per_split =
-      max((blocks + params.splits - 1) / params.splits, kMinSplitKeys / kBlockN);
-  const int splits = max(1, (blocks + blocks_per_split - 1) / blocks_per_split);
-  if (split >= splits) return;
-  const int begin = first_block + split * blocks_per_split;
-  const int end = min(begin + blocks_per_split, first_block + blocks);
+  const KeyShares shares(visible, p.seqlen_q, params.splits);
+  if (!shares.has_result(split)) return;
 
   const auto first_key_of = [&](int block) { return block * kBlockN + team * Tile::kTeamKeys; };
   const auto kind_of = [&](int block) {
@@ -203,18 +200,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   };
 
   const auto row_of = [&](int half) { return m0 + lane / 4 + 8 * half; };
-  typename Op::A rQ[kSteps];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int r = row_of(half);
-    const T* const row = queries.row(r % p.seqlen_q) + r / p.seqlen_q * params.q.stride_head;
-#pragma unroll
-    for (int i = 0; i < 2 * kSteps; ++i) {
-      const int h = i * 8 + 2 * (lane % 4);
-      rQ[i / 2].r[i % 2 * 2 + half] =
-          r < rows && h < p.head_dim ? *reinterpret_cast<const uint32_t*>(row + h) : 0;
-    }
-  }
   const auto hide_pairs = [&](float (&s)[2][4], int j0) {
     const FragmentAt at(m0, j0);
 #pragma unroll
@@ -233,13 +218,16 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
     }
   };
 
+  typename Op::A rQ[kSteps];
+  float factor[2];  // of a row's products with unit keys, in units of log2 e
   float rO[kNV][4] = {};
   float rL[2] = {0.f, 0.f};
   BlockWindow& window = windows[threadIdx.x / 32];
   int* const in_stage = stage_blocks[threadIdx.x / 32];
   for (int stage = 0; stage < kStages; ++stage) in_stage[stage] = kNotYet;
-  float factor[2];  // of a row's products with unit keys, in units of log2 e
-  int block = window.seek(begin, end, kind_of);
+  static_assert(kShareKeys % kBlockN == 0);
+  const int end = (shares.end(split) + kBlockN - 1) / kBlockN;
+  int block = window.seek(shares.begin(split) / kBlockN, end, kind_of);
   for (int stage = 0;;) {
     ptx::cp_async_wait<kStages - 2>();
     // The oldest block has arrived, and the one before it has been read, for the whole team.
@@ -270,6 +258,13 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int r = row_of(half);
+        const T* const row = queries.row(r % p.seqlen_q) + r / p.seqlen_q * params.q.stride_head;
+#pragma unroll
+        for (int i = 0; i < 2 * kSteps; ++i) {
+          const int h = i * 8 + 2 * (lane % 4);
+          rQ[i / 2].r[i % 2 * 2 + half] =
+              r < rows && h < p.head_dim ? *reinterpret_cast<const uint32_t*>(row + h) : 0;
+        }
         factor[half] = r < rows ? p.scale(b, head + r / p.seqlen_q) * kLog2e : 0.f;
         if (p.l2norm) factor[half] *= inverse_norm<Op>(rQ, half);
       }
@@ -355,62 +350,29 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   }
   __syncthreads();
 
-  // Four floats at `offset` of `count` partial results, added up; load(part, offset) reads them.
-  const auto sum = [](int count, int offset, auto load) {
+  const int chunks = width / 4, size = rows * width;
+  const int64_t first_row = (int64_t(b) * p.num_heads + head) * p.seqlen_q;
+  float4* const partials = reinterpret_cast<float4*>(params.partials) + first_row * params.splits * chunks;
+  const auto sum_of_teams = [&](int offset) {
     float4 total{0.f, 0.f, 0.f, 0.f};
-#pragma unroll 8
-    for (int part = 0; part < count; ++part) {
-      const float4 x = load(part, offset);
+#pragma unroll
+    for (int t = 0; t < kTeams; ++t) {
+      const float4 x = *reinterpret_cast<const float4*>(team_partials + t * size + offset);
       total = {total.x + x.x, total.y + x.y, total.z + x.z, total.w + x.w};
     }
     return total;
   };
-  const auto write_rows = [&](int count, auto load) {
-    const int chunks = p.head_dim / 4;
-    for (int item = threadIdx.x; item < rows * chunks; item += Tile::kThreads) {
-      const int r = item / chunks, h = item % chunks * 4;
-      const float4 o = sum(count, r * width + h, load);
-      const float l = sum(count, r * width + p.head_dim, load).x;
-      const bool live = l > 0.f;
-      if (h == 0) {
-        const SplitLog lse = live ? log_of_sum(l, params.shift) : SplitLog{-INFINITY, 0.f};
-        const int64_t at = (int64_t(b) * p.num_heads + head) * p.seqlen_q + r;
-        params.lse[at] = lse.high;
-        params.lse_low[at] = lse.low;
-      }
-      // A dead row is zero even where a live key of another row holds inf: P = 0 made that NaN.
-      const float inverse = 1.f / l;
-      const uint2 packed = {Op::pack(live ? o.x * inverse : 0.f, live ? o.y * inverse : 0.f),
-                            Op::pack(live ? o.z * inverse : 0.f, live ? o.w * inverse : 0.f)};
-      const auto out = params.out.head<T>(b, head + r / p.seqlen_q);
-      *reinterpret_cast<uint2*>(out.row(r % p.seqlen_q) + h) = packed;
+  for (int item = threadIdx.x; item < rows * chunks; item += Tile::kThreads) {
+    const int r = item / chunks, chunk = item % chunks;
+    const float4 sums = sum_of_teams(4 * item);
+    if (params.splits > 1) {
+      partials[(r * params.splits + split) * chunks + chunk] = sums;
+    } else if (chunk < chunks - 1) {
+      const float l = sum_of_teams(r * width + p.head_dim).x;
+      T* const out = params.out.head<T>(b, head + r / p.seqlen_q).row(r % p.seqlen_q);
+      write_quotient(params, out, first_row + r, 4 * chunk, sums, l);
     }
-  };
-  const int size = rows * width;
-  const auto load_team = [&](int part, int offset) {
-    return *reinterpret_cast<const float4*>(team_partials + part * size + offset);
-  };
-  if (splits == 1) {
-    write_rows(kTeams, load_team);
-    return;
   }
-
-  const int64_t bh = int64_t(b) * p.num_heads_kv + head_kv;
-  float* const partials = params.partials + bh * params.splits * size;
-  for (int offset = 4 * threadIdx.x; offset < size; offset += 4 * Tile::kThreads) {
-    *reinterpret_cast<float4*>(partials + split * size + offset) = sum(kTeams, offset, load_team);
-  }
-  __shared__ bool is_last;
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) is_last = atomicAdd(params.arrivals + bh, 1u) == unsigned(splits) - 1;
-  __syncthreads();
-  if (!is_last) return;
-  __threadfence();
-  write_rows(splits, [&](int part, int offset) {
-    // Past L1, which may hold what other CTAs have not yet written.
-    return __ldcg(reinterpret_cast<const float4*>(partials + part * size + offset));
-  });
 }
 
 }  // namespace jca::sm80

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels/bias.h"
+#include "kernels/lse.h"
 #include "kernels/sm80/tile.h"
 #include "kernels/visible.h"
 
@@ -33,20 +34,6 @@ struct FwdTile {
   using TileV = SmemTile<typename OpV::T, kBlockN, kHeadDim>;
   static constexpr int kSmemBytes = TileQ::kBytes + TileK::kBytes + TileV::kBytes;
 };
-
-// c + log(l) as a float32, and what rounding took from it: the backward's weights are exp(S - lse), and
-// half an ulp of lse shows in a whole row of them. Two-sum: Knuth, TAOCP 2, 4.2.2.
-struct SplitLog {
-  float high, low;
-};
-__device__ inline SplitLog log_of_sum(float l, float c) {
-  const float log_l = logf(l);
-  const float high = c + log_l, from_log = high - c;
-  const float low = (c - (high - from_log)) + (log_l - from_log) + (l * expf(-log_l) - 1.f);
-  // Where c and log(l) cancel, low may be larger than half an ulp.
-  const float sum = high + low;
-  return {sum, low - (sum - high)};
-}
 
 // Grid: x = query blocks * N * B, the query block running fastest and from the last one down, so that
 // causal blocks with the most keys start first.
