@@ -194,7 +194,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kMinBlocks)
   const auto tile = [&](int stage, int which) {
     return TileKV{reinterpret_cast<T*>(smem + ((stage * kTeams + team) * 2 + which) * TileKV::kBytes)};
   };
-  const auto load_keys = [&](const TileKV& to, const auto& from, int j0) {
+  // `from` by value: in shared memory it would be looked up again for each copy.
+  const auto load_keys = [&](const TileKV& to, const Rows::Head<const T> from, int j0) {
     load_rows_async<kTeamThreads>(to, p.head_dim, from, j0, visible.seqlen_k, visible.keys,
                                   team_thread);
   };

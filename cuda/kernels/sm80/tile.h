@@ -275,9 +275,12 @@ template <int kThreads, class Tile, class Head>
 __device__ inline void load_rows_async(const Tile& tile, int cols, const Head& rows, int i0, int end,
                                        const int32_t* list = nullptr, unsigned thread = threadIdx.x) {
   constexpr int kAll = Tile::kRows * Tile::kChunks, kSteps = (kAll + kThreads - 1) / kThreads;
-  // Where a thread keeps its column, and rows keep their place in the swizzle, both addresses only advance.
+  // Where a thread keeps its column, both addresses only advance. Rows keep their place in the swizzle; those
+  // of a warp alone have bits of it flipped by each step, the same for all lanes. (By more warps, 100 bytes
+  // of spills in dq at H 256.)
   constexpr int kRowsPerStep = kThreads / Tile::kChunks;
-  constexpr bool kAdvances = kThreads % Tile::kChunks == 0 && kRowsPerStep % 8 == 0;
+  constexpr bool kFlips = kThreads == 32 && (Tile::kChunks == 8 || Tile::kChunks == 16);
+  constexpr bool kAdvances = kThreads % Tile::kChunks == 0 && (kRowsPerStep % 8 == 0 || kFlips);
   // Most lists are whole runs of rows.
   if (list != nullptr) {
     const int last = min(end, i0 + Tile::kRows) - 1;
@@ -297,7 +300,8 @@ __device__ inline void load_rows_async(const Tile& tile, int cols, const Head& r
     for (int step = 0; step < kSteps; ++step) {
       if (kAll % kThreads != 0 && row + step * kRowsPerStep >= Tile::kRows) break;
       const bool valid = step * kRowsPerStep < valid_rows;
-      ptx::cp_async_16(to + step * kRowsPerStep * Tile::kCols * int(sizeof(typename Tile::T)),
+      const uint32_t flip = kFlips ? step * kRowsPerStep % 8 * 16 : 0;
+      ptx::cp_async_16((to ^ flip) + step * kRowsPerStep * Tile::kCols * int(sizeof(typename Tile::T)),
                        valid ? from : rows.data, valid);
       from += int64_t(kRowsPerStep) * rows.stride;
     }
