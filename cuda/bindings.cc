@@ -40,6 +40,7 @@ py::list instances() {
     py::dict row;
     row["direction"] = jca::name(instance.direction);
     row["arithmetic"] = jca::name(instance.arithmetic);
+    row["family"] = jca::name(instance.family);
     row["unbounded"] = instance.unbounded;
     row["small"] = instance.small;
     row["head_dim"] = instance.head_dim;

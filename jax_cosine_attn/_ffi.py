@@ -23,7 +23,8 @@ from jax_cosine_attn._config import Config, Operands, shapes
 _MAX_HEAD_DIM = 256
 _LEAST_COMPUTE_CAPABILITY = (8, 0)  # mma.sync of bfloat16 and tf32, cp.async
 _LONGEST_QUERY_BLOCK = 128  # per-row numbers are padded to a multiple of every block
-_ROW_STATS = 3  # RowStat in cuda/kernels/params.h
+_DQ_TILE_ROWS = 16  # of the dq accumulator: DqTiles in cuda/kernels/params.h
+_ROW_STATS = 3  # RowStat there
 # A side of a window that rules nothing out, and the cells that masks and segments are condensed
 # into: kUnlimited, kCellRows and kCellCols there.
 _UNLIMITED = 1 << 30
@@ -36,6 +37,7 @@ _CTAS = 264  # fill a GPU: two on each of the 132 SMs of an H100
 # that splits are whole numbers of (kMinSplitKeys and kShareKeys there).
 _DECODE_QUERIES, _PACKED_ROWS = 16, 64
 _SHORTEST_SPLIT, _SHARE_KEYS = 128, 64
+_NEXT_TILE = jax.ShapeDtypeStruct((1,), jnp.int32)  # scratch: the counter of a persistent kernel
 # Operands with a gradient beside q, k and v, in the handler's order.
 _OPTIONS = ("scale", "bias", "relative_bias")
 
@@ -146,7 +148,7 @@ def _unit_row_dtype(ops: Operands, bound: float | None) -> Any:
     rounded them to bfloat16."""
     dtype = ops.q.dtype
     small = bound is not None and bound <= 16.0 and not _has_bias(ops)
-    return jnp.float16 if dtype == jnp.bfloat16 and small else dtype
+    return np.dtype(jnp.float16) if dtype == jnp.bfloat16 and small else dtype
 
 
 def _decode_splits(ops: Operands, config: Config) -> int:
@@ -168,14 +170,17 @@ def _decode_splits(ops: Operands, config: Config) -> int:
     ):
         return 0
 
+    may_differ = (ops.kv_lengths, ops.mask, ops.q_segments) != (None,) * 3  # entries in their keys
+
     def cost(splits: int) -> float:
-        # In the time that one of _CTAS takes to read a key. CTAs share the memory's rate, and so
-        # the last of several waves need not be full. Beside its keys a CTA has sums to write, which
-        # are read again: a row's, in float32, take as long as two keys. At the end some CTAs run
-        # on alone, by an eighth of their time, and then there are partial results to be added up.
+        # In the time that one of _CTAS takes to read a key. To start and to leave a result takes as
+        # long as 96 keys (fitted to B 1-64, S 4k-128k on an H100).
         keys = _padded(-(-s // splits), _SHARE_KEYS)
-        waves = max(1, config.batch * k * -(-s // keys) / _CTAS)
-        return waves * (keys + 2 * (n // k * t) + 16) + keys / 8 + 48 * (splits > 1)
+        waves = config.batch * k * -(-s // keys) / _CTAS
+        if may_differ:
+            # CTAs do not end together: at the end some run on alone, by half of their time.
+            return waves * (keys + 96) + keys / 2
+        return math.ceil(waves) * (keys + 96)
 
     return min(range(1, -(-s // _SHORTEST_SPLIT) + 1), key=cost)
 
@@ -221,10 +226,11 @@ def _padded(x: int, multiple: int) -> int:
 
 
 def _pre_pass(
-    ops: Operands, config: Config, dtype: Any, decode: bool = False
+    ops: Operands, config: Config, dtype: Any, forward: bool = False, decode: bool = False
 ) -> list[jax.ShapeDtypeStruct]:
     """Scratch of the pre-passes: q^ and k^ unless for decode, v in rows of a multiple of 8 where H
-    is not one, the cells, bits and keys of mask, and the cells of segments."""
+    is not one, the cells, bits and keys of mask, and the cells of segments. The 16-bit forward may
+    copy the listed keys of each entry and their values."""
     t, n, s, k, h = shapes(ops, config)
     row = _padded(h, 8)
     cells: tuple[int, ...] = (0,)
@@ -238,16 +244,18 @@ def _pre_pass(
         # segments are not looked up through it.
         if (heads, rows) == (1, 1) and cols == s and not _has_bias(ops) and ops.q_segments is None:
             keys = (batch, words + 1 + cols)
-        else:
-            cells = (batch, heads, -(-rows // _CELL_ROWS), words)
+        cells = (batch, heads, -(-rows // _CELL_ROWS), words)
     ranges = [
         (0,) if ids is None else (ids.shape[0], -(-ids.shape[1] // size), 2)
         for ids, size in ((ops.q_segments, _CELL_ROWS), (ops.kv_segments, _CELL_COLS))
     ]
+    listed = keys != (0,) and forward and not decode and dtype.itemsize == 2
+    k_batch, v_batch = (config.batch if listed else x.shape[0] for x in (ops.k, ops.v))
+    copies_v = listed or row != h
     return [
         jax.ShapeDtypeStruct((config.batch, n, 0 if decode else t, row), dtype),
-        jax.ShapeDtypeStruct((ops.k.shape[0], k, 0 if decode else s, row), dtype),
-        jax.ShapeDtypeStruct((ops.v.shape[0], k, 0 if row == h else s, row), ops.v.dtype),
+        jax.ShapeDtypeStruct((k_batch, k, 0 if decode else s, row), dtype),
+        jax.ShapeDtypeStruct((v_batch, k, s if copies_v else 0, row), ops.v.dtype),
         jax.ShapeDtypeStruct(cells, jnp.uint8),
         jax.ShapeDtypeStruct(bits, jnp.uint32),
         jax.ShapeDtypeStruct(keys, jnp.int32),
@@ -270,7 +278,8 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
         jax.ShapeDtypeStruct((config.batch, *ops.q.shape[1:]), dtype),
         rows,
         rows,
-        *_pre_pass(ops, config, hat, decode=splits > 0),
+        *_pre_pass(ops, config, hat, forward=True, decode=splits > 0),
+        _NEXT_TILE,
         jax.ShapeDtypeStruct(partials, jnp.float32),
     ]
     out, lse, lse_low, *_ = _call(
@@ -339,6 +348,7 @@ def cuda_bwd(
         jax.ShapeDtypeStruct((batch, *ops.v.shape[1:]), dtype),
         *options,
         *_pre_pass(ops, config, dtype),
+        _NEXT_TILE,
         jax.ShapeDtypeStruct((batch, n, 0 if row == h else t, row), dtype),  # dout, padded
         jax.ShapeDtypeStruct((batch, n, t, config.groups), jnp.float32),  # inverse norms of q
         jax.ShapeDtypeStruct((ops.k.shape[0], k, s, config.groups), jnp.float32),  # and of k
@@ -346,7 +356,9 @@ def cuda_bwd(
         jax.ShapeDtypeStruct(
             (batch, n, t if "scale" in wanted else 0, 2), jnp.float32
         ),  # sums over keys
-        jax.ShapeDtypeStruct((batch, n, t, accum), jnp.float32),  # dq accumulator
+        jax.ShapeDtypeStruct(
+            (batch, n, _padded(t, _DQ_TILE_ROWS), accum), jnp.float32
+        ),  # dq accumulator
         *(jax.ShapeDtypeStruct(partials.get(name, (0,)), jnp.float32) for name in _OPTIONS),
     ]
     extra = (out, lse, lse_low, dout, jnp.zeros((0,), jnp.float32) if dlse is None else dlse)

@@ -339,12 +339,12 @@ def test_decode_takes_the_norms_of_all_keys(s, dtype, magnitude):
 
 
 @pytest.fixture
-def small_gpu():
-    """Kernels are chosen as on a GPU with 99 KB of shared memory."""
+def smaller_gpu(request):
+    """Kernels are chosen as on a GPU with so much shared memory, in KB."""
     from jax_cosine_attn import _cuda
 
     jax.clear_caches()  # CUDA graphs keep the kernels that they were made of
-    _cuda.limit_shared_memory(99 * 1024)
+    _cuda.limit_shared_memory(request.param * 1024)
     yield
     _cuda.limit_shared_memory(0)
     jax.clear_caches()
@@ -354,10 +354,37 @@ def small_gpu():
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("h", [64, 128, 256])
 @pytest.mark.parametrize("name", ["plain", "lengths-causal", "everything", "deterministic"])
-def test_kernels_for_99_kb(small_gpu, name, h, dtype):
+@pytest.mark.parametrize("smaller_gpu", [99], indirect=True)
+def test_kernels_for_99_kb(smaller_gpu, name, h, dtype):
     more = {"deterministic": True} if name == "deterministic" else {}
     name = "everything" if more else name
     check_options("cuda", name, dtype, Sizes(2, 70, 131, 4, 2, h), **more)
+
+
+# Several tiles of queries and keys in each of the kernels, and a head dim that fills its tile.
+TILE_OPTIONS = (
+    "plain", "causal", "lengths-causal", "padded-entry-causal", "key-mask-causal", "window-causal",
+    "key-mask-sparse-window-lengths", "key-mask-prefix-lengths-causal", "full-mask", "sparse-mask",
+    "segments-causal", "groups", "normalised", "scale-negative", "scale-30", "window-right-lengths",
+    "scale-learned-bounded", "key-mask-segments",
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", TILE_OPTIONS)
+@pytest.mark.parametrize("h", [64, 120, 128])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+def test_options_over_tiles(name, h, dtype):
+    check_options("cuda", name, dtype, Sizes(2, 300, 700, 4, 2, h))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("name", ["causal", "key-mask-causal", "full-mask", "groups"])
+@pytest.mark.parametrize("smaller_gpu", [163], indirect=True)
+def test_kernels_for_an_a100(smaller_gpu, name, dtype):
+    """No tile of the kernels for Hopper fits into 163 KB."""
+    check_options("cuda", name, dtype, Sizes(2, 300, 700, 4, 2, 128))
 
 
 @pytest.mark.gpu

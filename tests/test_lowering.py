@@ -294,12 +294,12 @@ def splits_of(q, k, **options):
     ("b", "t", "s", "n", "k", "h", "splits"),
     [
         (1, 1, 4096, 32, 8, 128, 32),  # two CTAs on each of 128 SMs
-        (1, 1, 32_768, 32, 8, 128, 64),  # 1024 keys would fill as many, and end more apart
-        (1, 1, 131_072, 32, 8, 128, 128),
-        (8, 1, 32_768, 32, 8, 128, 32),
-        (64, 1, 4096, 32, 8, 128, 4),
-        (64, 1, 131_072, 32, 8, 128, 16),
-        (40, 1, 512, 32, 8, 128, 1),  # 320 CTAs
+        (1, 1, 32_768, 32, 8, 128, 32),
+        (1, 1, 131_072, 32, 8, 128, 33),  # and of 132
+        (8, 1, 32_768, 32, 8, 128, 4),
+        (64, 1, 4096, 32, 8, 128, 1),
+        (64, 1, 131_072, 32, 8, 128, 17),  # 33 waves
+        (40, 1, 512, 32, 8, 128, 2),  # three waves of CTAs of 256 keys, not two of 512
         (1, 1, 129, 32, 8, 128, 2),  # of 128 and 1
         (1, 1, 128, 32, 8, 128, 1),
         (1, 1, 127, 32, 8, 128, 0),
@@ -320,6 +320,13 @@ def test_few_queries_against_many_keys_are_split(kernels, b, t, s, n, k, h, spli
     else:
         assert q_hat.startswith(f"{b}x{n}x{t}x") and k_hat.startswith(f"{b}x{k}x{s}x")
     assert partials == (f"{b}x{n}x{t}x{splits}x{h + 4}xf32" if splits > 1 else "0xf32")
+
+
+def test_entries_that_may_differ_in_length_are_split_further(kernels):
+    q, keys = ((8, 1, 32, 128), jnp.bfloat16), ((8, 131_072, 8, 128), jnp.bfloat16)
+    assert splits_of(q, keys)[0] == 4
+    lengths = jnp.array([131_072, *range(1, 8)], jnp.int32)
+    assert splits_of(q, keys, key_value_seq_lengths=lengths)[0] == 50
 
 
 @pytest.mark.parametrize(

@@ -198,10 +198,9 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
     check_pairs("mask", mask, ffi::PRED);
     if (!check.ok()) return in;
     const auto d = mask.dimensions();
-    if (is_absent(mask_keys)) {
-      check.shape("mask_cells", mask_cells, ffi::U8,
-                  {d[0], d[1], ceil_div(d[2], kCellRows), ceil_div(d[3], kCellCols)});
-    } else {
+    check.shape("mask_cells", mask_cells, ffi::U8,
+                {d[0], d[1], ceil_div(d[2], kCellRows), ceil_div(d[3], kCellCols)});
+    if (!is_absent(mask_keys)) {
       check.require(d[1] == 1 && d[2] == 1 && is_absent(bias) && is_absent(relative_bias) &&
                         is_absent(q_segments),
                     "a list of keys for mask " + shape_text(mask));
@@ -321,8 +320,9 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                    ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, Result out, Result lse,
                    Result lse_low, Result q_hat, Result k_hat, Result v_padded, Result mask_cells,
                    Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges,
-                   Result partials, bool heads_first, bool l2norm_qk, int32_t groups, int32_t left,
-                   int32_t right, bool three_passes, bool unbounded, float shift, int32_t splits,
+                   Result next_tile, Result partials, bool heads_first, bool l2norm_qk,
+                   int32_t groups, int32_t left, int32_t right, bool three_passes, bool unbounded,
+                   float shift, int32_t splits,
                    ffi::Span<const int64_t> div) {
   Checker check;
   const auto d = out->dimensions();
@@ -354,9 +354,14 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   check.shape("lse", *lse, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("lse_low", *lse_low, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("q_hat", *q_hat, hat, {p.batch, n, decode ? 0 : p.seqlen_q, hp});
-  check.shape("k_hat", *k_hat, hat, {k.dimensions()[0], kv, decode ? 0 : p.seqlen_k, hp});
+  // Copies of the listed keys belong to the entries of the call.
+  const bool listed = p.mask.keys != nullptr && in.dtype != ffi::F32 && !decode;
+  const auto entries = [&](const ffi::AnyBuffer& x) { return listed ? p.batch : x.dimensions()[0]; };
+  const auto entry_div = [&](int64_t div) { return listed ? 1 : div; };
+  check.shape("k_hat", *k_hat, hat, {entries(k), kv, decode ? 0 : p.seqlen_k, hp});
   check.shape("v_padded", *v_padded, in.dtype,
-              {v.dimensions()[0], kv, p.head_dim % 8 != 0 ? p.seqlen_k : 0, hp});
+              {entries(v), kv, p.head_dim % 8 != 0 || listed ? p.seqlen_k : 0, hp});
+  check.shape("next_tile", *next_tile, ffi::S32, {1});
   if (!check.ok()) return check.error();
 
   return to_error(launch_forward(stream, {.problem = p,
@@ -368,12 +373,13 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                                           .k = in.k,
                                           .v = in.v,
                                           .q_hat = packed_rows(*q_hat, 1),
-                                          .k_hat = packed_rows(*k_hat, div[kK]),
-                                          .v_padded = packed_rows(*v_padded, div[kV]),
+                                          .k_hat = packed_rows(*k_hat, entry_div(div[kK])),
+                                          .v_padded = packed_rows(*v_padded, entry_div(div[kV])),
                                           .out = rows_of(*out, heads_first, 1),
                                           .lse = lse->typed_data<float>(),
                                           .lse_low = lse_low->typed_data<float>(),
                                           .unbounded = unbounded,
+                                          .next_tile = next_tile->typed_data<int32_t>(),
                                           .splits = splits,
                                           .partials = partials->typed_data<float>()}));
 }
@@ -386,7 +392,7 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
                     ffi::AnyBuffer dlse, Result dq, Result dk, Result dv, Result dscale, Result dbias,
                     Result drelative_bias, Result q_hat, Result k_hat, Result v_padded,
                     Result mask_cells, Result mask_bits, Result mask_keys, Result q_ranges,
-                    Result kv_ranges, Result dout_padded, Result q_inverse_norm,
+                    Result kv_ranges, Result next_tile, Result dout_padded, Result q_inverse_norm,
                     Result k_inverse_norm, Result row_stats, Result row_sums,
                     Result dq_accum, Result dscale_partials, Result dbias_partials,
                     Result diagonal_partials, bool heads_first, bool l2norm_qk, int32_t groups,
@@ -431,7 +437,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   }
   // Two float32 hold a float64, which JAX does not pass while jax_enable_x64 is off.
   const int64_t accum_width = in.arithmetic == Arithmetic::kThreeTf32 ? 2 * hp : hp;
-  check.shape("dq_accum", *dq_accum, ffi::F32, {b, n, t, accum_width});
+  check.shape("dq_accum", *dq_accum, ffi::F32, {b, n, DqTiles::padded(t), accum_width});
+  check.shape("next_tile", *next_tile, ffi::S32, {1});
   check.require(!deterministic || unbounded, "deterministic sums are those of unbounded logits");
   // Gradients have their operand's shape, and a leading dim of their own.
   BiasGradient dense, relative;
@@ -495,6 +502,7 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .k_inverse_norm = k_inverse_norm->typed_data<float>(),
        .stats = {row_stats->typed_data<float>(), static_cast<int>(padded_t)},
        .dq_accum = dq_accum->untyped_data(),
+       .next_tile = next_tile->typed_data<int32_t>(),
        .row_sums = reinterpret_cast<float2*>(row_sums->typed_data<float>()),
        .dq = rows_of(*dq, heads_first, 1),
        .dk = rows_of(*dk, heads_first, 1),
@@ -542,6 +550,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Ret<AnyBuffer>()  // mask_keys
                                   .Ret<AnyBuffer>()  // q_ranges
                                   .Ret<AnyBuffer>()  // kv_ranges
+                                  .Ret<AnyBuffer>()  // next_tile
                                   .Ret<AnyBuffer>()  // partials
                                   .Attr<bool>("heads_first")
                                   .Attr<bool>("l2norm_qk")
@@ -588,6 +597,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_bwd, backward,
                                   .Ret<AnyBuffer>()  // mask_keys
                                   .Ret<AnyBuffer>()  // q_ranges
                                   .Ret<AnyBuffer>()  // kv_ranges
+                                  .Ret<AnyBuffer>()  // next_tile
                                   .Ret<AnyBuffer>()  // dout_padded
                                   .Ret<AnyBuffer>()  // q_inverse_norm
                                   .Ret<AnyBuffer>()  // k_inverse_norm

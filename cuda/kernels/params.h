@@ -4,6 +4,8 @@
 // H head dim; Hp = H rounded up to a multiple of 8, the row length of everything the pre-pass writes.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 namespace jca {
@@ -147,6 +149,8 @@ struct NormParams {
   Rows hat;             // [batch, heads, L, Hp], zeros past H
   float* inverse_norm;  // [batch, heads, L, groups], 0 for zero rows; may be null
   bool l2norm;
+  bool listed = false;   // row j of hat is that of the list of keys of the mask, with zeros behind them
+  int* zero = nullptr;   // set to 0, for the kernel after; may be null
 };
 
 struct FwdParams {
@@ -160,6 +164,20 @@ struct FwdParams {
   float* lse;         // [B, N, T] natural log
   float* lse_low;     // [B, N, T] what rounding took from lse
   float shift, shift_log2;  // c of P = exp(S - c), and times log2 e; unused with a running maximum
+};
+
+// The same for the kernel that reads and writes through tensor maps: (H, L, heads, batch) of q or q^, of k^,
+// v and out, in boxes of 64 columns by 64 rows of queries or a block of keys.
+struct FwdTmaParams {
+  CUtensorMap q_map, k_map, v_map, out_map;
+  Problem problem;
+  BatchIndex q_batch, k_batch, v_batch;
+  bool q_is_raw;  // q_map is of q, which the kernel turns into q^ itself
+  float* lse;
+  float* lse_low;
+  float shift, shift_log2;
+  int section;     // neighbouring (batch, head) whose tiles are taken together
+  int* next_tile;  // counts those taken beyond the first of each CTA; zeroed
 };
 
 constexpr int kMinSplitKeys = 128;  // fewer are not worth a CTA of their own
@@ -217,6 +235,35 @@ struct BwdParams {
   Rows dk, dv;      // [B, S, K, H]
 };
 
+// dq_accum as the kernel for sm_90 has it: tiles of 16 rows by 8 columns, in which a thread's accumulators
+// of a product are 16 neighbouring bytes and a warp's 512. T is rounded up to whole tiles.
+struct DqTiles {
+  static constexpr int kRows = 16, kCols = 8, kSize = kRows * kCols;
+  __host__ __device__ static int64_t padded(int64_t rows) { return (rows + kRows - 1) / kRows * kRows; }
+  // Elements before row i, a multiple of kRows, of head bh.
+  __host__ __device__ static int64_t before(const Problem& p, int64_t bh, int i) {
+    return (bh * padded(p.seqlen_q) + i) * p.head_dim_padded;
+  }
+  // Row i and columns 2 pair, 2 pair + 1 of a tile.
+  __host__ __device__ static int pair(int i, int pair) { return (i % 8 * 4 + pair) * 4 + i / 8 * 2; }
+};
+
+// The same for the kernel that reads through tensor maps: (H, L, heads, batch) of q^, k^, v and dO, in boxes
+// of 64 columns by a block of queries or keys.
+struct BwdTmaParams {
+  CUtensorMap q_map, k_map, v_map, dout_map;
+  Problem problem;
+  BatchIndex k_batch, v_batch;
+  Rows k_raw;
+  const float* k_inverse_norm;
+  RowStats stats;
+  float* dq_accum;  // in DqTiles
+  float2* row_sums;
+  Rows dk, dv;
+  int section;     // neighbouring (batch, kv head) whose tiles are taken together
+  int* next_tile;  // as in FwdTmaParams
+};
+
 // Gradients of biases in a fixed order are summed by blocks of this many rows and keys.
 constexpr int kBiasBlock = 64;
 
@@ -251,6 +298,7 @@ struct DqParams {
   const float* q_inverse_norm;  // [B, N, T, groups]
   RowStats stats;
   const void* dq_accum;
+  bool tiled;              // it lies in DqTiles
   const float2* row_sums;  // as above; with dscale
   bool log2_units;         // of their S
   const float* dlse;       // [B, N, T] or null

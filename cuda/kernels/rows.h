@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "kernels/params.h"
+#include "ptx/grid.h"
 
 namespace jca {
 
@@ -27,34 +28,54 @@ struct RowLanes {
     for (int d = kLanes / 2; d > 0; d /= 2) x += __shfl_xor_sync(0xffffffff, x, d);
     return x;
   }
+  // Of several rows together, so that latencies overlap.
+  template <int kRows>
+  __device__ static void sum(float (&x)[kRows]) {
+#pragma unroll
+    for (int d = kLanes / 2; d > 0; d /= 2) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) x[row] += __shfl_xor_sync(0xffffffff, x[row], d);
+    }
+  }
   __device__ static float max(float x) {
 #pragma unroll
     for (int d = kLanes / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, d));
     return x;
   }
 
+  template <typename T>
+  struct alignas(16) Packed {
+    T x[kElems];
+  };
+
   // Zeros past head_dim and for rows that are not there. Rows of a multiple of 8 elements are 16-byte
   // aligned and read as such.
   template <typename T>
-  __device__ static void load(float (&x)[kElems], const T* row, int head_dim, bool valid) {
+  __device__ static Packed<T> load(const T* row, int head_dim, bool valid) {
     const int h0 = first();
+    Packed<T> packed;
     if (!valid || h0 >= head_dim) {
 #pragma unroll
-      for (int e = 0; e < kElems; ++e) x[e] = 0.f;
+      for (int e = 0; e < kElems; ++e) packed.x[e] = T(0.f);
     } else if (head_dim % 8 == 0) {
-      alignas(16) T raw[kElems];
 #pragma unroll
-      for (int i = 0; i < int(sizeof(raw) / 16); ++i) {
-        reinterpret_cast<uint4*>(raw)[i] = reinterpret_cast<const uint4*>(row + h0)[i];
+      for (int i = 0; i < int(sizeof(packed) / 16); ++i) {
+        reinterpret_cast<uint4*>(packed.x)[i] = reinterpret_cast<const uint4*>(row + h0)[i];
       }
-#pragma unroll
-      for (int e = 0; e < kElems; ++e) x[e] = static_cast<float>(raw[e]);
     } else {
 #pragma unroll
-      for (int e = 0; e < kElems; ++e) {
-        x[e] = h0 + e < head_dim ? static_cast<float>(row[h0 + e]) : 0.f;
-      }
+      for (int e = 0; e < kElems; ++e) packed.x[e] = h0 + e < head_dim ? row[h0 + e] : T(0.f);
     }
+    return packed;
+  }
+  template <typename T>
+  __device__ static void widen(float (&x)[kElems], const Packed<T>& packed) {
+#pragma unroll
+    for (int e = 0; e < kElems; ++e) x[e] = static_cast<float>(packed.x[e]);
+  }
+  template <typename T>
+  __device__ static void load(float (&x)[kElems], const T* row, int head_dim, bool valid) {
+    widen(x, load(row, head_dim, valid));
   }
 
   template <typename T>
@@ -87,40 +108,61 @@ struct RowLanes {
 
   // d(x) from d(x^), given x, for x^ = x * inverse_norm per group: r (a - x^ <x^, a>). A zero row has
   // inverse norm 0: x^ = x / kMinNorm, and gradient 0; so has a group of one component, whose x^ is
-  // always a sign. In place; returns <x^, a> over the whole row.
-  __device__ static float norm_backward(float (&a)[kElems], float (&x)[kElems],
-                                        const float* inverse_norm, int groups, int head_dim,
-                                        bool l2norm) {
-    if (!l2norm) {
-      float dot = 0.f;
+  // always a sign. In place, of several rows; `dots` become <x^, a> over whole rows.
+  template <int kRows>
+  __device__ static void norm_backward(float (&a)[kRows][kElems], float (&x)[kRows][kElems],
+                                       const float* const (&inverse_norms)[kRows], float (&dots)[kRows],
+                                       int groups, int head_dim, bool l2norm) {
 #pragma unroll
-      for (int e = 0; e < kElems; ++e) dot += x[e] * a[e];
-      return sum(dot);
+    for (int row = 0; row < kRows; ++row) dots[row] = 0.f;
+    if (!l2norm) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) dots[row] += x[row][e] * a[row][e];
+      }
+      sum(dots);
+      return;
     }
-    float total = 0.f;
     const int group_size = head_dim / groups;
     for (int g = 0; g < groups; ++g) {
       const Slice slice(g, group_size);
-      const float r = inverse_norm[g];
-      const bool has_norm = r != 0.f;
-      float dot = 0.f;
+      float r[kRows], dot[kRows];
 #pragma unroll
-      for (int e = 0; e < kElems; ++e) {
-        if (slice.has(e)) {
-          x[e] *= has_norm ? r : 1.f / kMinNorm;
-          dot += x[e] * a[e];
+      for (int row = 0; row < kRows; ++row) r[row] = inverse_norms[row][g];
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        dot[row] = 0.f;
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) {
+          if (slice.has(e)) {
+            x[row][e] *= r[row] != 0.f ? r[row] : 1.f / kMinNorm;
+            dot[row] += x[row][e] * a[row][e];
+          }
         }
       }
-      dot = sum(dot);
-      total += dot;
+      sum(dot);
 #pragma unroll
-      for (int e = 0; e < kElems; ++e) {
-        if (slice.has(e)) {
-          a[e] = has_norm && group_size > 1 ? r * (a[e] - x[e] * dot) : 0.f;
+      for (int row = 0; row < kRows; ++row) {
+        dots[row] += dot[row];
+        const bool has_gradient = r[row] != 0.f && group_size > 1;
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) {
+          if (slice.has(e)) {
+            a[row][e] = has_gradient ? r[row] * (a[row][e] - x[row][e] * dot[row]) : 0.f;
+          }
         }
       }
     }
-    return total;
+  }
+
+  // The same of one row; returns <x^, a>.
+  __device__ static float norm_backward(float (&a)[kElems], float (&x)[kElems], const float* inverse_norm,
+                                        int groups, int head_dim, bool l2norm) {
+    float dots[1];
+    norm_backward<1>(reinterpret_cast<float(&)[1][kElems]>(a), reinterpret_cast<float(&)[1][kElems]>(x),
+                     {inverse_norm}, dots, groups, head_dim, l2norm);
+    return dots[0];
   }
 };
 
@@ -138,24 +180,39 @@ struct RowBlock {
   }
 };
 
+// Whether a sum of float32 squares lost nothing to overflow or underflow. Not if it is NaN.
+__device__ inline bool squares_are_safe(float x) { return x > 1e-20f && x < 1e30f; }
+
+// A power of two that brings x near 1: squares taken after it do not overflow for 1e30, and it rounds
+// nothing.
+__device__ inline float exact_scale(float x) {
+  return __int_as_float((254 - min(__float_as_int(x) >> 23, 253)) << 23);
+}
+
 // The elements for which has(e) become those of the unit vector times fold. Returns the inverse norm, 0 of
 // a zero row.
 template <typename Real, class L, class Has>
 __device__ inline float normalize_slice(float (&x)[L::kElems], Real fold, Has has) {
-  float largest = 0.f;
+  const auto sum_squares = [&](float scale) {
+    Real squares = 0;
 #pragma unroll
-  for (int e = 0; e < L::kElems; ++e) {
-    if (has(e)) largest = fmaxf(largest, fabsf(x[e]));
-  }
-  // Squares are taken after an exact scaling by a power of two, so 1e30 does not overflow.
-  const int exponent = min(__float_as_int(L::max(largest)) >> 23, 253);
-  const float scale = __int_as_float((254 - exponent) << 23);
-  Real squares = 0;
+    for (int e = 0; e < L::kElems; ++e) {
+      if (has(e)) squares += Real(x[e] * scale) * Real(x[e] * scale);
+    }
+    return L::sum(squares);
+  };
+  float scale = 1.f;
+  Real squares = sum_squares(scale);
+  if (__any_sync(0xffffffff, !squares_are_safe(squares))) {
+    float largest = 0.f;
 #pragma unroll
-  for (int e = 0; e < L::kElems; ++e) {
-    if (has(e)) squares += Real(x[e] * scale) * Real(x[e] * scale);
+    for (int e = 0; e < L::kElems; ++e) {
+      if (has(e)) largest = fmaxf(largest, fabsf(x[e]));
+    }
+    scale = exact_scale(L::max(largest));
+    squares = sum_squares(scale);
   }
-  const Real norm = sqrt(L::sum(squares));
+  const Real norm = sqrt(squares);
   const bool live = norm >= kMinNorm * scale;
   const Real r = 1 / norm;
 #pragma unroll
@@ -168,6 +225,7 @@ __device__ inline float normalize_slice(float (&x)[L::kElems], Real fold, Has ha
 }
 
 constexpr int kNormRowsEach = 4;  // rows of a thread: loads in flight, and indices shared
+constexpr int kMostKeysPerBlock = 128;
 
 // x -> x^ (unit slices, times the fold where one is given) in rows of Hp, zeros past H.
 // float32 rows go through double and are rounded once: an error of the norm or of the fold would be
@@ -177,15 +235,27 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   using L = RowLanes<kLanes>;
   using Real = std::conditional_t<std::is_same_v<T, float>, double, float>;
   const Problem& p = params.problem;
+  ptx::launch_dependent_grids();
+  if (params.zero != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *params.zero = 0;
   const RowBlock at = RowBlock::of_thread<kLanes, kNormRowsEach>(params.seqlen, params.num_heads);
   const auto row_of = [&](int each) { return at.row + each * L::kRowsPerBlock; };
+  // Rows that are read, and written: whole blocks, in which 0 * v must be 0.
+  int read = params.seqlen, written = params.seqlen;
+  const int32_t* keys = nullptr;
+  if (params.listed) {
+    const int32_t* ranks = p.mask.keys + p.mask.batch(at.b) * p.mask.keys_size();
+    keys = ranks + p.mask.cell_cols() + 1;
+    read = ranks[p.mask.cell_cols()];
+    written = min(written, (read + kMostKeysPerBlock - 1) / kMostKeysPerBlock * kMostKeysPerBlock);
+  }
 
-  float rX[kNormRowsEach][L::kElems];
+  typename L::template Packed<T> packed[kNormRowsEach];
   const auto rows = params.x.head<T>(at.b, at.head);
 #pragma unroll
   for (int each = 0; each < kNormRowsEach; ++each) {
-    const bool valid = row_of(each) < params.seqlen;
-    L::load(rX[each], rows.row(valid ? row_of(each) : 0), p.head_dim, valid);
+    const bool valid = row_of(each) < read;
+    const int row = !valid ? 0 : keys == nullptr ? row_of(each) : keys[row_of(each)];
+    packed[each] = L::template load<T>(rows.row(row), p.head_dim, valid);
   }
   Real fold = 1;
   if (params.fold.data != nullptr) {
@@ -196,9 +266,10 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   const int64_t first = (int64_t(at.b) * params.num_heads + at.head) * params.seqlen;
 #pragma unroll
   for (int each = 0; each < kNormRowsEach; ++each) {
-    float(&x)[L::kElems] = rX[each];
+    float x[L::kElems];
+    L::widen(x, packed[each]);
     const int row = row_of(each);
-    const bool valid = row < params.seqlen;
+    const bool valid = row < written;
     const auto keep = [&](int g, float inverse_norm) {
       if (params.inverse_norm != nullptr && valid && L::lane() == 0) {
         params.inverse_norm[(first + row) * p.groups + g] = inverse_norm;
@@ -268,8 +339,24 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
   const bool live = valid && params.stats.row(bh, kLse)[row] != INFINITY;
 
   float a[L::kElems], q[L::kElems];
-  L::load(a, static_cast<const TAccum*>(params.dq_accum) + (bh * p.seqlen_q + row) * p.head_dim_padded,
-          p.head_dim_padded, live);
+  const TAccum* const sums = static_cast<const TAccum*>(params.dq_accum);
+  if (params.tiled) {
+    const int in_tile = row % DqTiles::kRows;
+    const TAccum* const tile = sums + DqTiles::before(p, bh, row - in_tile) + L::lane() * DqTiles::kSize;
+    const bool inside = live && L::first() < p.head_dim_padded;
+    struct alignas(2 * sizeof(TAccum)) Pair {
+      TAccum x, y;
+    };
+#pragma unroll
+    for (int pair = 0; pair < L::kElems / 2; ++pair) {
+      const TAccum* const at = tile + DqTiles::pair(in_tile, pair);
+      const Pair found = inside ? *reinterpret_cast<const Pair*>(at) : Pair{0, 0};
+      a[2 * pair] = found.x;
+      a[2 * pair + 1] = found.y;
+    }
+  } else {
+    L::load(a, sums + (bh * p.seqlen_q + row) * p.head_dim_padded, p.head_dim_padded, live);
+  }
   L::load(q, params.q_raw.head<T>(at.b, at.head).row(row), p.head_dim, live);
   const float dot =
       L::norm_backward(a, q, params.q_inverse_norm + (bh * p.seqlen_q + row) * p.groups, p.groups,

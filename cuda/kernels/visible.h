@@ -11,6 +11,12 @@
 
 namespace jca {
 
+// Bit l: whether begin <= first + l < end.
+__device__ inline unsigned bits_between(int begin, int end, int first) {
+  const auto from = [](int x) { return __funnelshift_lc(0u, ~0u, max(0, min(32, x))); };
+  return from(begin - first) & ~from(end - first);
+}
+
 struct BlockKind {
   bool any, all;  // some pair, every pair of the block is allowed
 };
@@ -136,15 +142,9 @@ struct Visible {
     return found;
   }
 
-  // Whether position rules out none of rows [i0, i1) and keys [j0, j1).
-  __device__ bool in_range(int i0, int i1, int j0, int j1) const {
-    return i1 <= seqlen_q && first_key(i1 - 1) <= j0 && end_key(i0) >= j1;
-  }
   // Which of keys 32 c ... 32 c + 31 row i may attend as far as position tells.
   __device__ unsigned in_range(int i, int c) const {
-    // Bits from x on, x in [0, 32].
-    const auto from = [](int x) { return __funnelshift_lc(0u, ~0u, max(0, min(32, x))); };
-    return from(first_key(i) - 32 * c) & ~from(end_key(i) - 32 * c);
+    return bits_between(first_key(i), end_key(i), 32 * c);
   }
   // The same with the mask.
   __device__ unsigned allowed(const Problem& p, int head, int i, int c) const {
@@ -238,62 +238,137 @@ struct FragmentAt {
   __device__ int col_of(int n, int e) const { return j0 + n * 8 + e % 2; }
 };
 
-// Logits of pairs that may not be attended become -inf. Rows and keys past the end read the last one:
-// position hides them.
-template <int kM, int kN>
-__device__ inline void hide(float (&s)[kM][kN][4], const Problem& p, const Visible& visible, int head,
-                            FragmentAt at) {
-  constexpr int kPart = kN < 4 ? kN : 4;  // blocks of columns within one word
-  static_assert(kN % kPart == 0);
-  const int i0 = at.i0 - int(threadIdx.x) % 32 / 4, j0 = at.j0 - 2 * (int(threadIdx.x) % 4);
-  const bool in_range = visible.in_range(i0, i0 + 16 * kM, j0, j0 + 8 * kN);
+// Blocks of a fragment's columns whose bits are within one word.
+template <int kN>
+constexpr int kBlocksPerWord = kN < 4 ? kN : 4;
+
+// Keys [x, y) that each of a thread's rows sees as far as position tells.
+template <int kM>
+__device__ inline void find_ranges(int2 (&ranges)[kM][2], const Visible& visible, FragmentAt at) {
 #pragma unroll
-  for (int n0 = 0; n0 < kN; n0 += kPart) {
-    const int j = at.col_of(n0, 0);
-    unsigned words[kM][2];  // from the bit of key j on
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = at.row_of(m, 2 * half);
+      ranges[m][half] = {visible.first_key(i), visible.end_key(i)};
+    }
+  }
+}
+
+// Bit n * 8 + x of words[m][half]: whether the pair at row_of(m, 2 * half), col_of(n0 + n, x) is allowed, for
+// blocks n0 ... n0 + kBlocksPerWord - 1. Rows and keys past the end read the last one: ranges hide them.
+template <int kN, int kM>
+__device__ inline void find_allowed(unsigned (&words)[kM][2], const int2 (&ranges)[kM][2], const Problem& p,
+                                    const Visible& visible, int head, FragmentAt at, int n0) {
+  const int j = at.col_of(n0, 0);
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      unsigned word = bits_between(ranges[m][half].x, ranges[m][half].y, j / 32 * 32);
+      if (visible.mask_cells != nullptr) {
+        word &= visible.mask_word(p.mask, head, at.row_of(m, 2 * half), j / 32);
+      }
+      words[m][half] = word >> (j % 32);
+    }
+  }
+  if (visible.q_ids != nullptr) {
+    int ids[kM][2];
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int i = at.row_of(m, 2 * half);
-        unsigned word = in_range ? ~0u : visible.in_range(i, j / 32);
-        if (visible.mask_cells != nullptr) word &= visible.mask_word(p.mask, head, i, j / 32);
-        words[m][half] = word >> (j % 32);
+        ids[m][half] = visible.q_ids[min(at.row_of(m, 2 * half), p.seqlen_q - 1)];
       }
     }
-    if (visible.q_ids != nullptr) {
-      int ids[kM][2];
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          ids[m][half] = visible.q_ids[min(at.row_of(m, 2 * half), p.seqlen_q - 1)];
-        }
-      }
-      // Rolled: the ids of all keys at once would take their registers.
+    // Rolled: the ids of all keys at once would take their registers.
 #pragma unroll 1
-      for (int n = 0; n < kPart; ++n) {
+    for (int n = 0; n < kBlocksPerWord<kN>; ++n) {
 #pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int id = visible.kv_ids[min(at.col_of(n0 + n, e), p.seqlen_k - 1)];
+      for (int x = 0; x < 2; ++x) {
+        const int id = visible.kv_ids[min(at.col_of(n0 + n, x), p.seqlen_k - 1)];
 #pragma unroll
-          for (int m = 0; m < kM; ++m) {
+        for (int m = 0; m < kM; ++m) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              if (ids[m][half] != id) words[m][half] &= ~(1u << (n * 8 + e));
-            }
+          for (int half = 0; half < 2; ++half) {
+            if (ids[m][half] != id) words[m][half] &= ~(1u << (n * 8 + x));
           }
         }
       }
     }
+  }
+}
+
+// Logits of pairs that may not be attended become -inf: those of blocks n0 ... whose bits are `words`.
+template <int kM, int kN>
+__device__ inline void hide(float (&s)[kM][kN][4], int n0, const unsigned (&words)[kM][2]) {
 #pragma unroll
-    for (int m = 0; m < kM; ++m) {
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < kBlocksPerWord<kN>; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (!(words[m][e / 2] >> (n * 8 + e % 2) & 1)) s[m][n0 + n][e] = -INFINITY;
+      }
+    }
+  }
+}
+template <int kM, int kN>
+__device__ inline void hide(float (&s)[kM][kN][4], const Problem& p, const Visible& visible, int head,
+                            FragmentAt at) {
+  static_assert(kN % kBlocksPerWord<kN> == 0);
+  int2 ranges[kM][2];
+  find_ranges(ranges, visible, at);
+#pragma unroll
+  for (int n0 = 0; n0 < kN; n0 += kBlocksPerWord<kN>) {
+    unsigned words[kM][2];
+    find_allowed<kN>(words, ranges, p, visible, head, at, n0);
+    hide(s, n0, words);
+  }
+}
+
+// The same for a fragment of the transposed logits: rows of `at` are keys, all of them within one word of the
+// mask, and columns query rows. There is no list of keys.
+template <int kN>
+__device__ inline void hide_transposed(float (&s)[kN][4], const Problem& p, const Visible& visible, int head,
+                                       FragmentAt at) {
+  constexpr int kPart = 4;  // blocks of columns within one word
+  static_assert(kN % kPart == 0);
+  const int j = at.row_of(0, 0), c = j / 32, bit = j % 32;  // and key j + 8
+  const int begin[] = {visible.q_begin(j), visible.q_begin(j + 8)};
+  const int end[] = {visible.q_end(j, j + 1), visible.q_end(j + 8, j + 9)};
+#pragma unroll
+  for (int n0 = 0; n0 < kN; n0 += kPart) {
+    const int i = at.col_of(n0, 0);
+    // From the bit of row i on.
+    unsigned words[2] = {bits_between(begin[0], end[0], i), bits_between(begin[1], end[1], i)};
+    const auto for_each_row = [&](auto f) {
 #pragma unroll
       for (int n = 0; n < kPart; ++n) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          if (!(words[m][e / 2] >> (n * 8 + e % 2) & 1)) s[m][n0 + n][e] = -INFINITY;
-        }
+        for (int x = 0; x < 2; ++x) f(min(at.col_of(n0 + n, x), p.seqlen_q - 1), n * 8 + x);
+      }
+    };
+    if (visible.mask_cells != nullptr) {
+      for_each_row([&](int row, int at_bit) {
+        const unsigned word = visible.mask_word(p.mask, head, row, c) >> bit;
+        words[0] &= ~((~word & 1) << at_bit);
+        words[1] &= ~((~word >> 8 & 1) << at_bit);
+      });
+    }
+    if (visible.q_ids != nullptr) {
+      const int ids[2] = {visible.kv_ids[min(j, p.seqlen_k - 1)], visible.kv_ids[min(j + 8, p.seqlen_k - 1)]};
+      for_each_row([&](int row, int at_bit) {
+        const int id = visible.q_ids[row];
+        if (ids[0] != id) words[0] &= ~(1u << at_bit);
+        if (ids[1] != id) words[1] &= ~(1u << at_bit);
+      });
+    }
+#pragma unroll
+    for (int n = 0; n < kPart; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (!(words[e / 2] >> (n * 8 + e % 2) & 1)) s[n0 + n][e] = -INFINITY;
       }
     }
   }

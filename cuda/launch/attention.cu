@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <climits>
+#include <initializer_list>
 #include <utility>
 
 #include "kernels/cells.h"
 #include "kernels/rows.h"
 #include "kernels/splits.h"
 #include "kernels/sums.h"
+#include "launch/tensor_map.h"
 
 namespace jca {
 namespace {
@@ -56,20 +58,26 @@ Status normalize(cudaStream_t stream, const NormParams& params) {
       stream, "normalize_rows", params, params.batch, params.num_heads, params.seqlen, kNormRowsEach);
 }
 
-// A copy of x in rows of Hp, for rows that 16-byte copies cannot read.
+// A copy of x in rows of Hp: of each of its entries, or with the keys that are listed alone, which entries of
+// the call have.
 template <typename T>
-Status pad_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int seqlen, int num_heads,
-                const Rows& padded) {
+Status copy_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int seqlen, int num_heads,
+                 const Rows& copy, bool listed = false) {
+  Rows own = x;
+  if (!listed) own.batch = {copy.batch.size, 1};
+  Rows own_copy = copy;
+  own_copy.batch = {copy.batch.size, 1};
   return normalize<T, T>(stream, {.problem = problem,
-                                  .x = x,
+                                  .x = own,
                                   .seqlen = seqlen,
                                   .num_heads = num_heads,
-                                  .batch = static_cast<int>(padded.batch.size),
+                                  .batch = static_cast<int>(copy.batch.size),
                                   .fold = {},
                                   .log2_units = false,
-                                  .hat = padded,
+                                  .hat = own_copy,
                                   .inverse_norm = nullptr,
-                                  .l2norm = false});
+                                  .l2norm = false,
+                                  .listed = listed});
 }
 
 // q^ of every batch entry of the call: it carries the entry's scale.
@@ -88,29 +96,26 @@ Status normalize_q(cudaStream_t stream, const Problem& problem, bool log2_units,
                                      .l2norm = problem.l2norm});
 }
 
-// That, and k^ of every entry of k.
+// k^ of every entry of k, or of the listed keys of every entry of the call.
 template <typename T, typename THat>
-Status normalize_qk(cudaStream_t stream, const Problem& problem, bool log2_units, const Rows& q,
-                    const Rows& k, const Rows& q_hat, const Rows& k_hat, float* q_inverse_norm,
-                    float* k_inverse_norm) {
-  const Status status =
-      normalize_q<T, THat>(stream, problem, log2_units, q, q_hat, q_inverse_norm);
-  if (!status.ok()) return status;
-  // k^ is indexed by k's own batch entries, not the call's.
+Status normalize_k(cudaStream_t stream, const Problem& problem, const Rows& k, const Rows& k_hat,
+                   float* k_inverse_norm, bool listed = false, int* zero = nullptr) {
   Rows own = k;
-  own.batch = {k.batch.size, 1};
+  if (!listed) own.batch = {k_hat.batch.size, 1};
   Rows own_hat = k_hat;
-  own_hat.batch = own.batch;
+  own_hat.batch = {k_hat.batch.size, 1};
   return normalize<T, THat>(stream, {.problem = problem,
                                      .x = own,
                                      .seqlen = problem.seqlen_k,
                                      .num_heads = problem.num_heads_kv,
-                                     .batch = static_cast<int>(k.batch.size),
+                                     .batch = static_cast<int>(k_hat.batch.size),
                                      .fold = {},
                                      .log2_units = false,
                                      .hat = own_hat,
                                      .inverse_norm = k_inverse_norm,
-                                     .l2norm = problem.l2norm});
+                                     .l2norm = problem.l2norm,
+                                     .listed = listed,
+                                     .zero = zero});
 }
 
 // Fills the cells of masks and segments.
@@ -136,50 +141,161 @@ Status condense(cudaStream_t stream, const Problem& p) {
   return status_of(cudaGetLastError(), "condensing masks and segments");
 }
 
+std::string describe(Direction direction, Arithmetic arithmetic, const Problem& p) {
+  return std::string("cosine_attn_") + name(direction) + " " + name(arithmetic) +
+         " H=" + std::to_string(p.head_dim);
+}
+
+Status no_instance(Direction direction, Arithmetic arithmetic, const Problem& p) {
+  return {describe(direction, arithmetic, p) + ": no kernel for the shared memory of this GPU"};
+}
+
+// For kernels that may start while the one before still runs: from sm_90 on their code waits for it. Not so
+// what a later GPU makes of the PTX of sm_80.
+struct EarlyLaunch {
+  cudaLaunchAttribute attribute{};
+  unsigned count = 0;
+
+  Status init(const void* kernel) {
+    cudaFuncAttributes code;
+    const Status status = status_of(cudaFuncGetAttributes(&code, kernel), "reading a kernel's attributes");
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    count = status.ok() && code.ptxVersion >= 90 ? 1 : 0;
+    return status;
+  }
+};
+
+// early: the kernel before is one that lets the next start, and this one waits for it.
+template <class Params>
+Status launch(cudaStream_t stream, const Instance& instance, Params params, int64_t blocks,
+              bool early = false) {
+  const std::string what = describe(instance.direction, instance.arithmetic, params.problem);
+  if (blocks == 0) return {};
+  if (blocks > INT_MAX) return {what + ": too many blocks for one launch"};
+  Status status = status_of(
+      cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           instance.smem_bytes),
+      (what + ": " + std::to_string(instance.smem_bytes) + " bytes of shared memory").c_str());
+  if (!status.ok()) return status;
+  EarlyLaunch attribute;
+  cudaLaunchConfig_t config{};
+  if (early) {
+    status = attribute.init(instance.kernel);
+    if (!status.ok()) return status;
+    config.attrs = &attribute.attribute;
+    config.numAttrs = attribute.count;
+  }
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(instance.threads);
+  config.dynamicSmemBytes = instance.smem_bytes;
+  config.stream = stream;
+  void* args[] = {&params};
+  return status_of(cudaLaunchKernelExC(&config, instance.kernel, args), what.c_str());
+}
+
 // `grid` gives the number of CTAs of an instance.
 template <class Params, class Grid>
 Status launch_instance(cudaStream_t stream, Direction direction, Arithmetic arithmetic,
-                       bool unbounded, Params params, Grid grid, int packed_rows = 0) {
+                       bool unbounded, const Params& params, Grid grid, int packed_rows = 0) {
   const Problem& p = params.problem;
   const Instance* instance =
       find_instance(direction, arithmetic, unbounded, p.head_dim, packed_rows);
-  const std::string what = std::string("cosine_attn_") + name(direction) + " " + name(arithmetic) +
-                           " H=" + std::to_string(p.head_dim);
-  if (instance == nullptr) return {what + ": no kernel for the shared memory of this GPU"};
-  const int64_t blocks = grid(*instance);
-  if (blocks == 0) return {};
-  if (blocks > INT_MAX) return {what + ": too many blocks for one launch"};
-  const Status status = status_of(
-      cudaFuncSetAttribute(instance->kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                           instance->smem_bytes),
-      (what + ": " + std::to_string(instance->smem_bytes) + " bytes of shared memory").c_str());
-  if (!status.ok()) return status;
-  void* args[] = {&params};
-  return status_of(cudaLaunchKernel(instance->kernel, dim3(static_cast<unsigned>(blocks)),
-                                    dim3(instance->threads), args, instance->smem_bytes, stream),
-                   what.c_str());
+  if (instance == nullptr) return no_instance(direction, arithmetic, p);
+  return launch(stream, *instance, params, grid(*instance));
 }
 
-template <typename T>
+// A tensor map to make.
+struct TensorMap {
+  CUtensorMap* map;
+  const char* what;
+  const Rows& rows;
+  FloatType type;
+  int seqlen, heads, box_rows;
+};
+
+Status make_tensor_maps(std::initializer_list<TensorMap> maps, int head_dim) {
+  for (const TensorMap& m : maps) {
+    const Status status =
+        make_tensor_map(m.map, m.what, m.rows, m.type, head_dim, m.seqlen, m.heads, m.box_rows);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+// Launches a kernel whose CTAs take tiles from a counter.
+template <class Params>
+Status launch_persistent(cudaStream_t stream, const Instance& instance, const Params& params, int64_t tiles,
+                         bool early = false) {
+  int device = 0, multiprocessors = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (tiles > INT_MAX) {
+    return {describe(instance.direction, instance.arithmetic, params.problem) + ": too many tiles"};
+  }
+  return launch(stream, instance, params, std::min<int64_t>(tiles, multiprocessors), early);
+}
+
+// Whether rows see different keys by position, so that some tiles take longer than others.
+bool has_window(const Problem& p) { return p.left < kUnlimited || p.right < kUnlimited; }
+
+// The forward on Hopper; q, raw or q^, and v as the kernel reads them.
+Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const ForwardCall& call,
+                           const Rows& q, const Rows& v) {
+  const Problem& p = call.problem;
+  const FloatType wide =
+      call.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
+  const FloatType hat =
+      call.arithmetic == Arithmetic::kBfloat16 ? FloatType::kBfloat16 : FloatType::kFloat16;
+  FwdTmaParams params{.problem = p,
+                      .q_batch = q.batch,
+                      .k_batch = call.k_hat.batch,
+                      .v_batch = v.batch,
+                      .q_is_raw = q.data == call.q.data,
+                      .lse = call.lse,
+                      .lse_low = call.lse_low,
+                      .shift = call.shift,
+                      .shift_log2 = call.shift * kLog2e,
+                      .section = 1,
+                      .next_tile = call.next_tile};
+  const Status status = make_tensor_maps(
+      {{&params.q_map, "q", q, params.q_is_raw ? wide : hat, p.seqlen_q, p.num_heads, 64},
+       {&params.k_map, "k^", call.k_hat, hat, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.v_map, "v", v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.out_map, "out", call.out, wide, p.seqlen_q, p.num_heads, 64}},
+      p.head_dim);
+  if (!status.ok()) return status;
+  // Heads taken together balance the tail, at the price of more keys in use at a time.
+  if (has_window(p)) params.section = p.head_dim <= 64 ? 32 : 16;
+  return launch_persistent(stream, instance, params,
+                           ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch, true);
+}
+
+template <typename T, typename THat>
 Status forward(cudaStream_t stream, const ForwardCall& call) {
   const Problem& p = call.problem;
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  auto normalize = normalize_qk<T, T>;
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    if (call.arithmetic == Arithmetic::kFloat16Bfloat16) normalize = normalize_qk<T, __half>;
+  const Instance* instance =
+      find_instance(Direction::kForward, call.arithmetic, call.unbounded, p.head_dim);
+  if (instance == nullptr) return no_instance(Direction::kForward, call.arithmetic, p);
+  const bool is_sm90 = instance->family == Family::kSm90;
+  // Tensor copies take neighbouring rows.
+  const bool listed = is_sm90 && p.mask.keys != nullptr;
+  const bool q_is_raw = is_sm90 && (p.groups == 1 || !p.l2norm);
+  if (!q_is_raw) {
+    status = normalize_q<T, THat>(stream, p, !call.unbounded, call.q, call.q_hat, nullptr);
+    if (!status.ok()) return status;
   }
-  status = normalize(stream, p, !call.unbounded, call.q, call.k, call.q_hat, call.k_hat, nullptr,
-                     nullptr);
+  status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, call.next_tile);
   if (!status.ok()) return status;
   Rows v = call.v;
-  if (p.head_dim % 8 != 0) {
-    Rows own = call.v, own_padded = call.v_padded;
-    own.batch.div = own_padded.batch.div = 1;
-    status = pad_rows<T>(stream, p, own, p.seqlen_k, p.num_heads_kv, own_padded);
+  if (p.head_dim % 8 != 0 || listed) {
+    status = copy_rows<T>(stream, p, call.v, p.seqlen_k, p.num_heads_kv, call.v_padded, listed);
     if (!status.ok()) return status;
     v = call.v_padded;
   }
+  if (is_sm90) return launch_forward_sm90(stream, *instance, call, q_is_raw ? call.q : call.q_hat, v);
   const FwdParams params{.problem = p,
                          .q_hat = call.q_hat,
                          .k_hat = call.k_hat,
@@ -189,10 +305,8 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
                          .lse_low = call.lse_low,
                          .shift = call.shift,
                          .shift_log2 = call.shift * kLog2e};
-  return launch_instance(stream, Direction::kForward, call.arithmetic, call.unbounded, params,
-                         [&](const Instance& instance) {
-                           return ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch;
-                         });
+  return launch(stream, *instance, params,
+                ceil_div(p.seqlen_q, instance->block_m) * p.num_heads * p.batch);
 }
 
 Status decode(cudaStream_t stream, const ForwardCall& call) {
@@ -218,34 +332,29 @@ Status decode(cudaStream_t stream, const ForwardCall& call) {
 
   const auto kernel =
       call.arithmetic == Arithmetic::kFloat16 ? sum_splits<__half> : sum_splits<__nv_bfloat16>;
-  // Code of sm_90 on waits for the decode kernel itself, and so it can be there when that ends. Not so what
-  // a later GPU makes of the PTX of sm_80.
-  cudaFuncAttributes code;
-  status = status_of(cudaFuncGetAttributes(&code, kernel), "sum_splits");
+  EarlyLaunch early;
+  status = early.init(reinterpret_cast<const void*>(kernel));
   if (!status.ok()) return status;
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
   const int chunks = p.head_dim / 4 + 1;
   const int slices = std::min<int>(kSplitThreads / chunks, ceil_div(call.splits, kSplitLoads));
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(p.batch, p.num_heads, p.seqlen_q);
   config.blockDim = dim3(chunks, slices);
   config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = code.ptxVersion >= 90 ? 1 : 0;
+  config.attrs = &early.attribute;
+  config.numAttrs = early.count;
   return status_of(cudaLaunchKernelEx(&config, kernel, params), "sum_splits");
 }
 
-// Zeros for what CTAs of the backward add to by atomics.
-Status clear_sums(cudaStream_t stream, const BackwardCall& call) {
+// Zeros for what CTAs of the backward add to by atomics; dq_rows: of dq_accum for a head.
+Status clear_sums(cudaStream_t stream, const BackwardCall& call, int64_t dq_rows) {
   const Problem& p = call.problem;
-  const size_t rows = size_t(p.batch) * p.num_heads * p.seqlen_q;
+  const size_t heads = size_t(p.batch) * p.num_heads, rows = heads * p.seqlen_q;
   const size_t accum = call.arithmetic == Arithmetic::kThreeTf32 ? sizeof(double) : sizeof(float);
   const struct {
     void* data;
     size_t bytes;
-  } sums[] = {{call.dq_accum, accum * rows * p.head_dim_padded},
+  } sums[] = {{call.dq_accum, accum * heads * dq_rows * p.head_dim_padded},
               {call.dscale == nullptr ? nullptr : call.row_sums, sizeof(float2) * rows},
               {call.dbias.data, sizeof(float) * call.dbias_size},
               {call.dbias.wide, sizeof(double) * call.dbias_size},
@@ -317,22 +426,60 @@ Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdPara
   return status_of(cudaGetLastError(), "summing the gradient of a bias");
 }
 
+// The backward on Hopper, for the same as `of`.
+Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, int* next_tile) {
+  const Problem& p = of.problem;
+  const FloatType type =
+      instance.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
+  BwdTmaParams params{.problem = p,
+                      .k_batch = of.k_hat.batch,
+                      .v_batch = of.v.batch,
+                      .k_raw = of.k_raw,
+                      .k_inverse_norm = of.k_inverse_norm,
+                      .stats = of.stats,
+                      .dq_accum = static_cast<float*>(of.dq_accum),
+                      .row_sums = of.row_sums,
+                      .dk = of.dk,
+                      .dv = of.dv,
+                      .section = 1,
+                      .next_tile = next_tile};
+  const Status status = make_tensor_maps(
+      {{&params.q_map, "q^", of.q_hat, type, p.seqlen_q, p.num_heads, instance.block_m},
+       {&params.k_map, "k^", of.k_hat, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.v_map, "v", of.v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.dout_map, "dO", of.dout, type, p.seqlen_q, p.num_heads, instance.block_m}},
+      p.head_dim);
+  if (!status.ok()) return status;
+  // Heads taken together balance the tail, while the sums of all of them stay in the L2 cache.
+  if (has_window(p)) {
+    constexpr int64_t kSumsInUse = 16 << 20, kMostHeads = 16;
+    const int64_t sums = int64_t{4} * p.num_heads / p.num_heads_kv * p.seqlen_q * p.head_dim_padded;
+    params.section = static_cast<int>(std::clamp<int64_t>(kSumsInUse / sums, 1, kMostHeads));
+  }
+  if (of.row_sums != nullptr) instance.kernel = instance.kernel_of_sums;
+  return launch_persistent(stream, instance, params,
+                           ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv * p.batch);
+}
+
 template <typename T>
-Status backward(cudaStream_t stream, const BackwardCall& call) {
-  const Problem& p = call.problem;
+Status backward(cudaStream_t stream, BackwardCall call) {
+  Problem& p = call.problem;
+  const Instance* instance =
+      find_instance(Direction::kBackward, call.arithmetic, call.unbounded, p.head_dim);
+  const bool is_sm90 = instance != nullptr && instance->family == Family::kSm90;
+  if (is_sm90) p.mask.keys = nullptr;  // TMA copies rows that are neighbours
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  status = normalize_qk<T, T>(stream, p, !call.unbounded, call.q, call.k, call.q_hat, call.k_hat,
-                              call.q_inverse_norm, call.k_inverse_norm);
+  status = normalize_q<T, T>(stream, p, !call.unbounded, call.q, call.q_hat, call.q_inverse_norm);
+  if (!status.ok()) return status;
+  status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, false, call.next_tile);
   if (!status.ok()) return status;
 
   Rows v = call.v, dout = call.dout;
   if (p.head_dim % 8 != 0) {
-    Rows own = call.v, own_padded = call.v_padded;
-    own.batch.div = own_padded.batch.div = 1;
-    status = pad_rows<T>(stream, p, own, p.seqlen_k, p.num_heads_kv, own_padded);
+    status = copy_rows<T>(stream, p, call.v, p.seqlen_k, p.num_heads_kv, call.v_padded);
     if (!status.ok()) return status;
-    status = pad_rows<T>(stream, p, call.dout, p.seqlen_q, p.num_heads, call.dout_padded);
+    status = copy_rows<T>(stream, p, call.dout, p.seqlen_q, p.num_heads, call.dout_padded);
     if (!status.ok()) return status;
     v = call.v_padded;
     dout = call.dout_padded;
@@ -370,7 +517,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
     params.row_sums = nullptr;
     params.dbias = params.drelative_bias = {};
   } else {
-    status = clear_sums(stream, call);
+    status = clear_sums(stream, call, is_sm90 ? DqTiles::padded(p.seqlen_q) : p.seqlen_q);
   }
   if (!status.ok()) return status;
   if (p.mask.keys != nullptr) {  // keys that are not in a list
@@ -380,11 +527,14 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
       if (!status.ok()) return status;
     }
   }
-  status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
-                           [&](const Instance& instance) {
-                             return ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv *
-                                    p.batch;
-                           });
+  if (is_sm90) {
+    status = launch_backward_sm90(stream, *instance, params, call.next_tile);
+  } else {
+    status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
+                             [&](const Instance& instance) {
+                               return ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv * p.batch;
+                             });
+  }
   if (!status.ok()) return status;
   status = round_biases(stream, call);
   if (!status.ok()) return status;
@@ -394,6 +544,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                     .q_inverse_norm = call.q_inverse_norm,
                     .stats = call.stats,
                     .dq_accum = call.dq_accum,
+                    .tiled = is_sm90,
                     .row_sums = call.row_sums,
                     .log2_units = !call.unbounded,
                     .dlse = call.dlse,
@@ -426,8 +577,13 @@ bool fits_bounded(Direction direction, const Call& call) {
 Status launch_forward(cudaStream_t stream, ForwardCall call) {
   if (call.splits > 0) return decode(stream, call);
   call.unbounded |= !fits_bounded(Direction::kForward, call);
-  return with_dtype(call.arithmetic,
-                    [&](auto t) { return forward<decltype(t)>(stream, call); });
+  return with_dtype(call.arithmetic, [&](auto t) {
+    using T = decltype(t);
+    if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+      if (call.arithmetic == Arithmetic::kFloat16Bfloat16) return forward<T, __half>(stream, call);
+    }
+    return forward<T, T>(stream, call);
+  });
 }
 
 Status launch_backward(cudaStream_t stream, BackwardCall call) {

@@ -21,12 +21,14 @@ struct ForwardCall {
   Arithmetic arithmetic;
   float shift;                    // c of P = exp(S - c); unused where unbounded
   Rows q, k, v;                   // raw
-  Rows q_hat, k_hat;              // scratch [B, N, T, Hp], [Bk, K, S, Hp]
-  Rows v_padded;                  // scratch [Bv, K, S, Hp]; used when H is not a multiple of 8
+  // Scratch [B, N, T, Hp], [Bk, K, S, Hp] and [Bv, K, S, Hp], the last used when H is not a multiple of 8.
+  // With a list of keys Bk and Bv are B, and v_padded may be used for every H.
+  Rows q_hat, k_hat, v_padded;
   Rows out;
   float* lse;
   float* lse_low;
   bool unbounded;                 // Instance::unbounded
+  int* next_tile;                 // scratch of the kernels for sm_90
   int splits;                     // CTAs of a (batch, kv head) of the decode kernel; 0: the other
   float* partials;                // scratch of DecodeParams
 };
@@ -48,7 +50,9 @@ struct BackwardCall {
   float* q_inverse_norm;          // scratch [B, N, T, groups]
   float* k_inverse_norm;          // scratch [Bk, K, S, groups]
   RowStats stats;                 // scratch
-  void* dq_accum;                 // scratch [B, N, T, Hp], float32; float64 with three passes
+  // Scratch [B, N, T rounded up to whole DqTiles, Hp], float32; float64 with three passes.
+  void* dq_accum;
+  int* next_tile;                 // scratch, as above
   float2* row_sums;               // scratch [B, N, T], with dscale
   Rows dq, dk, dv;
   float* dscale;                  // [dscale_batch, N] or null

@@ -34,4 +34,10 @@ InstanceRow sm80_ordered_bfloat16();
 InstanceRow sm80_ordered_tf32();
 InstanceRow sm80_ordered_3xtf32();
 
+InstanceRow sm90_fwd_float16();
+InstanceRow sm90_fwd_bfloat16();
+InstanceRow sm90_fwd_float16_bfloat16();
+InstanceRow sm90_bwd_float16();
+InstanceRow sm90_bwd_bfloat16();
+
 }  // namespace jca

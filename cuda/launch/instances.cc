@@ -41,11 +41,15 @@ const char* name(Arithmetic arithmetic) {
   return "?";
 }
 
+const char* name(Family family) { return family == Family::kSm80 ? "sm80" : "sm90"; }
+
 std::span<const Instance> instances() {
   static const std::vector<Instance> table = [] {
     std::vector<Instance> rows;
     for (const InstanceRow& row :
-         {sm80_fwd_float16(), sm80_fwd_bfloat16(), sm80_fwd_float16_bfloat16(), sm80_fwd_tf32(),
+         {sm90_fwd_float16(), sm90_fwd_bfloat16(), sm90_fwd_float16_bfloat16(),
+          sm90_bwd_float16(), sm90_bwd_bfloat16(),
+          sm80_fwd_float16(), sm80_fwd_bfloat16(), sm80_fwd_float16_bfloat16(), sm80_fwd_tf32(),
           sm80_fwd_3xtf32(),
           sm80_fwd_float16_unbounded(), sm80_fwd_bfloat16_unbounded(),
           sm80_fwd_tf32_unbounded(), sm80_fwd_3xtf32_unbounded(),
@@ -75,6 +79,16 @@ int shared_memory() {
   return known ? bytes : 0;
 }
 
+// Whether the current device runs this kernel, its rows being of head_dim elements. What was compiled for
+// sm_90a alone has a body there and nowhere else.
+bool runs(const Instance& instance, int head_dim) {
+  if (instance.family == Family::kSm80) return true;
+  cudaFuncAttributes attributes{};
+  return head_dim % 8 == 0 &&  // tensor maps want rows of a multiple of 16 bytes
+         cudaFuncGetAttributes(&attributes, instance.kernel) == cudaSuccess &&
+         attributes.binaryVersion == 90;
+}
+
 }  // namespace
 
 void limit_shared_memory(int bytes) { shared_memory_limit = bytes; }
@@ -86,7 +100,8 @@ const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool u
   for (const Instance& instance : instances()) {
     if (instance.direction == direction && instance.arithmetic == arithmetic &&
         instance.unbounded == unbounded && instance.head_dim >= head_dim &&
-        instance.block_m >= packed_rows && instance.smem_bytes <= available) {
+        instance.block_m >= packed_rows && instance.smem_bytes <= available &&
+        runs(instance, head_dim)) {
       return &instance;
     }
   }

@@ -13,6 +13,9 @@ enum class Direction { kForward, kBackward, kDecode, kDq, kDbias };
 // float16.
 enum class Arithmetic { kFloat16, kBfloat16, kFloat16Bfloat16, kTf32, kThreeTf32 };
 
+// The oldest GPUs that run it: all from compute capability 8.0 on, or 9.0 alone.
+enum class Family { kSm80, kSm90 };
+
 inline constexpr int kMaxHeadDim = 256;
 
 inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
@@ -20,6 +23,7 @@ inline int64_t ceil_div(int64_t x, int64_t y) { return (x + y - 1) / y; }
 struct Instance {
   Direction direction;
   Arithmetic arithmetic;
+  Family family;
   bool unbounded;  // takes biases; forward: keeps a running maximum
   bool small;      // for GPUs with 99 KB of shared memory
   int head_dim;    // the largest H it takes
@@ -27,16 +31,20 @@ struct Instance {
   int threads;
   int smem_bytes;
   int block_m, block_n;
+  const void* kernel_of_sums = nullptr;  // where another takes backward calls that want dscale
 };
 
 const char* name(Direction direction);
 const char* name(Arithmetic arithmetic);
+const char* name(Family family);
 
-// All of them; those of one direction in the order unbounded, arithmetic, small, head_dim, block_m.
+// All of them; those of one direction in the order family (the newest first), unbounded, arithmetic, small,
+// head_dim, block_m.
 std::span<const Instance> instances();
 
-// The smallest instance that holds head_dim and, of decode, all packed rows, and that fits into the
-// current device's shared memory; null when there is none. Small ones are unbounded: they take any call.
+// The smallest instance that holds head_dim and, of decode, all packed rows, and that the current device
+// runs and has shared memory for, of kSm90 where there is one; null when there is none. Small ones are
+// unbounded: they take any call.
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
                               int head_dim, int packed_rows = 0);
 

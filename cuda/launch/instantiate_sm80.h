@@ -12,8 +12,8 @@ namespace jca {
 
 template <class Tile>
 Instance make_instance(Direction direction, Arithmetic arithmetic, const void* kernel) {
-  return {direction,         arithmetic,        Tile::kUnbounded, Tile::kSmall,   Tile::kHeadDim,
-          kernel,            Tile::kThreads,    Tile::kSmemBytes, Tile::kBlockM,  Tile::kBlockN};
+  return {direction, arithmetic,     Family::kSm80,    Tile::kUnbounded, Tile::kSmall, Tile::kHeadDim,
+          kernel,    Tile::kThreads, Tile::kSmemBytes, Tile::kBlockM,    Tile::kBlockN};
 }
 template <class Tile>
 Instance fwd_instance(Arithmetic arithmetic) {

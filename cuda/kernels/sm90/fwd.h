@@ -1,0 +1,673 @@
+// Forward on Hopper (sm_90a: wgmma, TMA, mbarriers), 16-bit inputs and bounded logits.
+//
+// P = exp(S - c) with a constant c, so O and the row sums are plain sums over blocks of keys in any order.
+// In the first warpgroup one warp plans a tile ahead, one has q, k^ and v brought into rings of tiles, and
+// one has out stored; every other warpgroup owns 64 rows of the query tile. CTAs are persistent and take
+// tiles from a counter. First come the blocks in which some pair is forbidden, then the others. exp(S) of
+// one block runs beside P v of the block before; no branch stands between the start of products and the
+// wait for them (ptxas would serialise wgmma that are in flight across one, note C7514).
+#pragma once
+
+#include "kernels/lse.h"
+#include "kernels/rows.h"
+#include "kernels/sm80/tile.h"
+#include "kernels/sm90/pipeline.h"
+#include "ptx/grid.h"
+
+namespace jca::sm90 {
+
+// TS: element type of q^ and k^; TV: of v, P and out. kShifted: c is not 0.
+template <class TS_, class TV_, int kHeadDim_, bool kShifted_>
+struct FwdTile {
+  using TS = TS_;
+  using TV = TV_;
+  static constexpr bool kUnbounded = false, kSmall = false, kShifted = kShifted_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kConsumers = kHeadDim <= 64 ? 4 : 2;  // warpgroups
+  static constexpr int kBlockM = 64 * kConsumers;
+  static constexpr int kBlockN = kHeadDim <= 64 || kHeadDim > 128 ? 64 : 128;
+  static constexpr int kStages = kHeadDim <= 64 ? 8 : 2;
+  static constexpr int kQueryStages = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kChunks = (kHeadDim + 63) / 64;  // columns come in chunks of 128 bytes, the swizzle's
+  static constexpr int kThreads = 128 * (1 + kConsumers);
+  // Of 64 K registers, granted evenly at launch.
+  static constexpr int kProducerRegisters = kConsumers == 4 ? 32 : 40;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : 232;
+
+  static constexpr int kPlans = 2;
+
+  // A tile of queries and the blocks of keys that it needs.
+  struct Plan {
+    int m_block;  // or -1: no more
+    int b, head, head_kv;
+    int q_entry, k_entry, v_entry;  // in their batches
+    float fold;                     // of q^
+    BlockCounts counts;
+    int first, last;               // both are among [first, last), and the full ones
+    int full_first, full_last;     // among [full_first, full_last): all of these, unless
+    bool by_data;                  // masks or segments tell too
+    bool has_dead_keys;            // v may hold NaN in keys that no row sees
+    Visible visible;
+  };
+  struct Shared {
+    TS q[kQueryStages][kConsumers][kChunks][64][64];  // out goes the same way
+    TS k[kStages][kChunks][kBlockN][64];
+    TV v[kStages][kChunks][kBlockN][64];
+    ptx::Mbarrier q_full[kQueryStages], q_empty[kQueryStages], out_full[kQueryStages];
+    ptx::Mbarrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
+    ptx::Mbarrier plan_full[kPlans], plan_empty[kPlans];
+    Plan plan[kPlans];
+    int block[kStages];  // of keys, in stage i of k
+    BlockWindow window;
+    bool seen[kBlockN];  // by clear_unseen
+  };
+  static constexpr int kSmemBytes = sizeof(Shared) + kTileAlignment;
+};
+
+template <class Tile>
+struct FwdKernel {
+  using TS = typename Tile::TS;
+  using TV = typename Tile::TV;
+  using Shared = typename Tile::Shared;
+  using Plan = typename Tile::Plan;
+  static constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
+  static constexpr int kN = kBlockN / 8, kNV = kHeadDim / 8;
+  static constexpr int kConsumerThreads = 128 * Tile::kConsumers;
+  using PlanRing = Ring<Tile::kPlans>;
+  using QueryRing = Ring<Tile::kQueryStages>;
+  using KeyRing = Ring<Tile::kStages>;
+  // Named barriers: all consumers, and from the next on each warpgroup of them.
+  enum { kConsumersBarrier = 1, kWarpgroupBarrier = 2 };
+
+  const FwdTmaParams& params;
+  const Problem& p;
+  Shared& shared;
+
+  __device__ static int tiles(const Problem& p) {
+    return (p.seqlen_q + kBlockM - 1) / kBlockM * p.num_heads * p.batch;
+  }
+
+  // The blocks with the most keys, of a causal call, come first.
+  __device__ void locate(Plan& plan, int tile) const {
+    const int blocks = (p.seqlen_q + kBlockM - 1) / kBlockM;
+    const TilePlace place(tile, params.section, blocks, p.num_heads * p.batch);
+    plan.m_block = blocks - 1 - place.block;
+    plan.b = place.head / p.num_heads;
+    plan.head = place.head % p.num_heads;
+    plan.head_kv = plan.head / (p.num_heads / p.num_heads_kv);
+    plan.q_entry = params.q_batch(plan.b);
+    plan.k_entry = params.k_batch(plan.b);
+    plan.v_entry = params.v_batch(plan.b);
+    plan.fold = p.scale(plan.b, plan.head) * kLog2e;
+  }
+
+  // Rows past the end are not stored: they forbid nothing.
+  __device__ BlockKind kind_of(const Plan& plan, int block) const {
+    const int m0 = plan.m_block * kBlockM;
+    return plan.visible.block(p, plan.head, m0, min(m0 + kBlockM, plan.visible.seqlen_q), block * kBlockN,
+                              (block + 1) * kBlockN);
+  }
+
+  // ---- The warp that plans.
+
+  __device__ void make_plans() {
+    const int lane = threadIdx.x % 32;
+    int tile = blockIdx.x;
+    for (PlanRing at;; at.advance()) {
+      Plan& plan = shared.plan[at.stage];
+      shared.plan_empty[at.stage].wait(at.parity ^ 1);
+      if (tile >= tiles(p)) {
+        if (lane == 0) {
+          plan.m_block = -1;
+          shared.plan_full[at.stage].arrive();
+        }
+        break;
+      }
+      if (lane == 0) {
+        locate(plan, tile);
+        plan.visible = Visible(p, plan.b);
+        const Visible& visible = plan.visible;
+        const int m0 = plan.m_block * kBlockM, m1 = min(m0 + kBlockM, visible.seqlen_q);
+        const bool any_row = m0 < m1;
+        const auto block_of = [](int key) { return (key + kBlockN - 1) / kBlockN; };
+        plan.first = visible.k_begin(m0) / kBlockN;
+        plan.last = any_row ? max(plan.first, block_of(visible.end_key(m1 - 1))) : plan.first;
+        const int full_first = any_row ? block_of(visible.first_key(m1 - 1)) : 0;
+        const int full_last = any_row ? visible.end_key(m0) / kBlockN : 0;
+        const bool has_full = full_first < full_last;
+        plan.full_first = has_full ? full_first : plan.last;
+        plan.full_last = has_full ? full_last : plan.last;
+        plan.counts.full = plan.full_last - plan.full_first;
+        plan.counts.partial = plan.last - plan.first - plan.counts.full;
+        plan.by_data = visible.mask_cells != nullptr || visible.q_ids != nullptr;
+        plan.has_dead_keys = p.mask.data != nullptr || p.q_segments.data != nullptr ||
+                             visible.first_key(0) > 0 ||
+                             visible.end_key(visible.seqlen_q - 1) < p.seqlen_k;
+      }
+      __syncwarp();
+      if (plan.by_data) {
+        BlockCounts counts;
+        counts.add(plan.first, plan.last, [&](int block) { return kind_of(plan, block); });
+        if (lane == 0) plan.counts = counts;
+      }
+      if (lane == 0) {
+        shared.plan_full[at.stage].arrive();
+        ptx::wait_for_prerequisite_grids();  // for the counter
+        tile = atomicAdd(params.next_tile, 1) + gridDim.x;
+      }
+      tile = __shfl_sync(0xffffffff, tile, 0);
+    }
+  }
+
+  // ---- The warp that loads.
+
+  __device__ void load() {
+    const bool leader = threadIdx.x % 32 == 0;
+    QueryRing at_q;
+    KeyRing at_k, at_v;
+    for (PlanRing at;; at.advance(), at_q.advance()) {
+      const Plan& plan = shared.plan[at.stage];
+      ptx::Mbarrier& q_full = shared.q_full[at_q.stage];
+      shared.plan_full[at.stage].wait(at.parity);
+      shared.q_empty[at_q.stage].wait(at_q.parity ^ 1);
+      if (plan.m_block < 0) {
+        if (leader) q_full.arrive();
+        break;
+      }
+      if (!params.q_is_raw) ptx::wait_for_prerequisite_grids();
+      if (leader) {
+        q_full.arrive_and_expect(sizeof(shared.q[0]));
+        for (int w = 0; w < Tile::kConsumers; ++w) {
+          for (int c = 0; c < Tile::kChunks; ++c) {
+            ptx::tensor_load(shared.q[at_q.stage][w][c], params.q_map, q_full, 64 * c,
+                             plan.m_block * kBlockM + 64 * w, plan.head, plan.q_entry);
+          }
+        }
+      }
+      ptx::wait_for_prerequisite_grids();
+      const auto load_v = [&](int block) {
+        shared.v_empty[at_v.stage].wait(at_v.parity ^ 1);
+        if (leader) {
+          ptx::Mbarrier& v_full = shared.v_full[at_v.stage];
+          v_full.arrive_and_expect(sizeof(shared.v[0]));
+          for (int c = 0; c < Tile::kChunks; ++c) {
+            ptx::tensor_load(shared.v[at_v.stage][c], params.v_map, v_full, 64 * c, block * kBlockN,
+                             plan.head_kv, plan.v_entry);
+          }
+        }
+        at_v.advance();
+      };
+      // v is needed one block after k, and waits for its stage no earlier.
+      int previous = -1;
+      const auto load_block = [&](int block) {
+        shared.k_empty[at_k.stage].wait(at_k.parity ^ 1);
+        if (leader) {
+          shared.block[at_k.stage] = block;
+          ptx::Mbarrier& k_full = shared.k_full[at_k.stage];
+          k_full.arrive_and_expect(sizeof(shared.k[0]));
+          for (int c = 0; c < Tile::kChunks; ++c) {
+            ptx::tensor_load(shared.k[at_k.stage][c], params.k_map, k_full, 64 * c, block * kBlockN,
+                             plan.head_kv, plan.k_entry);
+          }
+        }
+        at_k.advance();
+        if (previous >= 0) load_v(previous);
+        previous = block;
+      };
+      if (plan.by_data) {
+        for (const bool all : {false, true}) {
+          if (plan.counts.of(all) == 0) continue;
+          for_each_block(shared.window, plan.first, plan.last, all,
+                         [&](int block) { return kind_of(plan, block); }, load_block);
+        }
+      } else {
+        const int2 ranges[] = {{plan.first, plan.full_first},
+                               {plan.full_last, plan.last},
+                               {plan.full_first, plan.full_last}};
+#pragma unroll 1
+        for (const int2& range : ranges) {
+#pragma unroll 1
+          for (int block = range.x; block < range.y; ++block) load_block(block);
+        }
+      }
+      if (previous >= 0) load_v(previous);
+    }
+  }
+
+  // ---- The warp that has out stored, so that no consumer waits for it.
+
+  __device__ void store() {
+    PlanRing at_plan;
+    for (QueryRing at;; at.advance(), at_plan.advance()) {
+      shared.q_full[at.stage].wait(at.parity);
+      const Plan& plan = shared.plan[at_plan.stage];
+      if (plan.m_block < 0) break;
+      shared.out_full[at.stage].wait(at.parity);
+      if (threadIdx.x % 32 == 0) {
+        for (int w = 0; w < Tile::kConsumers; ++w) {
+          for (int c = 0; c < Tile::kChunks; ++c) {
+            ptx::tensor_store(params.out_map, shared.q[at.stage][w][c], 64 * c,
+                              plan.m_block * kBlockM + 64 * w, plan.head, plan.b);
+          }
+        }
+        ptx::store_commit();
+        shared.plan_empty[at_plan.stage].arrive();
+        ptx::store_wait_read();
+        shared.q_empty[at.stage].arrive();
+      }
+      __syncwarp();
+    }
+    ptx::store_wait();
+  }
+
+  // ---- Consumers: 64 rows each.
+
+  struct Rows64 {
+    float out[kNV][4];
+    float sums[4];  // of rows lane / 4 and lane / 4 + 8, two chains each
+    float s[1][kN][4];
+    uint32_t weights[kN / 2][4];
+  };
+
+  // Raw rows of q become q^: unit rows times the head's scale, log2 e with it. As normalize_rows does it, for
+  // one group.
+  __device__ void normalize_q(int q_stage, int warpgroup, const Plan& plan) const {
+    const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 % 4 * 16 + lane % 16;
+    const auto address = [&](int i) {  // of the 16 columns from 16 i on, for ldmatrix
+      return ptx::smem_address(shared.q[q_stage][warpgroup][i / 4][row] +
+                               ((i % 4 * 2 + lane / 16) ^ (row % 8)) * 8);
+    };
+    // f(pair of elements, half) of all pairs in rows lane / 4 (half 0) and lane / 4 + 8 (half 1).
+    const auto for_pairs = [&](auto f) {
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 16; ++i) {
+        uint32_t x[4];
+        ptx::ldmatrix_x4(x, address(i));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) f(sm80::Half16<TV>::unpack(x[e]), e % 2);
+      }
+    };
+    const auto over_row = [](float x, auto f) {
+      x = f(x, __shfl_xor_sync(0xffffffff, x, 1));
+      return f(x, __shfl_xor_sync(0xffffffff, x, 2));
+    };
+    const auto add = [](float x, float y) { return x + y; };
+    const auto greater = [](float x, float y) { return fmaxf(x, y); };
+
+    const float fold = plan.fold;
+    float before[2] = {1.f, 1.f}, after[2] = {fold, fold};  // q^ = (q * before) * after
+    if (p.l2norm) {
+      float squares[2];
+      const auto sum_squares = [&] {
+        squares[0] = squares[1] = 0.f;
+        for_pairs([&](float2 pair, int half) {
+          const float x = pair.x * before[half], y = pair.y * before[half];
+          squares[half] += x * x + y * y;
+        });
+        for (int half = 0; half < 2; ++half) squares[half] = over_row(squares[half], add);
+      };
+      sum_squares();
+      const bool safe = squares_are_safe(squares[0]) && squares_are_safe(squares[1]);
+      if (__any_sync(0xffffffff, !safe)) {
+        float largest[2] = {0.f, 0.f};
+        for_pairs([&](float2 pair, int half) {
+          largest[half] = fmaxf(largest[half], fmaxf(fabsf(pair.x), fabsf(pair.y)));
+        });
+        for (int half = 0; half < 2; ++half) before[half] = exact_scale(over_row(largest[half], greater));
+        sum_squares();
+      }
+      for (int half = 0; half < 2; ++half) {
+        const float norm = sqrtf(squares[half]);
+        const bool live = norm >= kMinNorm * before[half];
+        after[half] = fold / (live ? norm : kMinNorm);
+        if (!live) before[half] = 1.f;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      uint32_t x[4];
+      ptx::ldmatrix_x4(x, address(i));
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float2 pair = sm80::Half16<TV>::unpack(x[e]);
+        x[e] = sm80::Half16<TS>::pack(pair.x * before[e % 2] * after[e % 2],
+                                      pair.y * before[e % 2] * after[e % 2]);
+      }
+      ptx::stmatrix_x4(address(i), x[0], x[1], x[2], x[3]);
+    }
+    ptx::fence_async_shared();
+    ptx::named_barrier(kWarpgroupBarrier + warpgroup, 128);
+  }
+
+  __device__ void start_qk(Rows64& rows, int q_stage, int warpgroup, int stage) const {
+    const uint64_t q = ptx::matrix_descriptor(ptx::smem_address(shared.q[q_stage][warpgroup]), 1024, 16);
+    const uint64_t k = ptx::matrix_descriptor(ptx::smem_address(shared.k[stage]), 1024, 16);
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 16; ++i) {
+      const uint64_t q_i = q + (i / 4 * sizeof(shared.q[0][0][0]) + i % 4 * 32) / 16;
+      const uint64_t k_i = k + (i / 4 * sizeof(shared.k[0][0]) + i % 4 * 32) / 16;
+      if (i == 0) {
+        ptx::wgmma<TS, false>(rows.s[0], q_i, k_i);
+      } else {
+        ptx::wgmma<TS, true>(rows.s[0], q_i, k_i);
+      }
+    }
+    ptx::wgmma_commit();
+  }
+
+  __device__ void start_pv(Rows64& rows, int stage) const {
+    const uint64_t v =
+        ptx::matrix_descriptor(ptx::smem_address(shared.v[stage]), 1024, sizeof(shared.v[0][0]));
+    ptx::wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kN / 2; ++i) {
+      ptx::wgmma_add<TV>(rows.out, rows.weights[i], v + i * 16 * 128 / 16);
+    }
+    ptx::wgmma_commit();
+  }
+
+  // s becomes exp(s - c); adds up the rows. A sum follows its exp at a distance, the latency of MUFU.
+  __device__ void take_exp(Rows64& rows) const {
+    constexpr int kDistance = 4;
+    const auto add = [&](int n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        asm volatile("add.f32 %0, %0, %1;" : "+f"(rows.sums[e]) : "f"(rows.s[0][n][e]));
+      }
+    };
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        float& s = rows.s[0][n][e];
+        if constexpr (Tile::kShifted) s -= params.shift_log2;
+        asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(s));
+      }
+      if (n >= kDistance) add(n - kDistance);
+    }
+#pragma unroll
+    for (int n = kN - kDistance; n < kN; ++n) add(n);
+  }
+
+  __device__ static void round_weights(Rows64& rows) {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows.weights[n / 2][n % 2 * 2 + half] =
+            sm80::Half16<TV>::pack(rows.s[0][n][2 * half], rows.s[0][n][2 * half + 1]);
+      }
+    }
+  }
+
+  // Whether v, in one stage, holds a number that is not finite; every consumer looks at a part of it.
+  __device__ bool has_nonfinite(int stage) const {
+    const uint4* chunks = reinterpret_cast<const uint4*>(shared.v[stage]);
+    bool found = false;
+    for (int i = threadIdx.x - 128; i < int(sizeof(shared.v[0]) / 16); i += kConsumerThreads) {
+      found |= sm90::has_nonfinite<TV>(chunks[i]);
+    }
+    return ptx::named_barrier_or(kConsumersBarrier, kConsumerThreads, found);
+  }
+
+  // Zero rows in v for keys to which no row of the tile gives a weight: they may be dead and hold NaN, and
+  // 0 * NaN is NaN.
+  __device__ void clear_unseen(const Rows64& rows, int stage) const {
+    const int thread = threadIdx.x - 128;
+    for (int j = thread; j < kBlockN; j += kConsumerThreads) shared.seen[j] = false;
+    ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int x = 0; x < 2; ++x) {
+        if (rows.s[0][n][x] + rows.s[0][n][2 + x] != 0.f) shared.seen[n * 8 + 2 * (thread % 4) + x] = true;
+      }
+    }
+    ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
+    uint4* const chunks = reinterpret_cast<uint4*>(shared.v[stage]);
+    for (int i = thread; i < int(sizeof(shared.v[0]) / 16); i += kConsumerThreads) {
+      if (!shared.seen[i / 8 % kBlockN]) chunks[i] = {0, 0, 0, 0};  // 8 chunks of 16 bytes a row
+    }
+    ptx::fence_async_shared();
+    ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
+  }
+
+  // out and lse of one tile; out goes through the tile's own rows of q^, which have been read.
+  __device__ void finish(Rows64& rows, const Plan& plan, int q_stage, int warpgroup) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
+    float inverse[2];
+    bool live[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float l = rows.sums[2 * half] + rows.sums[2 * half + 1];
+      l += __shfl_xor_sync(0xffffffff, l, 1);
+      l += __shfl_xor_sync(0xffffffff, l, 2);
+      const int i = plan.m_block * kBlockM + warpgroup * 64 + warp * 16 + lane / 4 + 8 * half;
+      live[half] = l > 0.f && i < plan.visible.seqlen_q;
+      inverse[half] = 1.f / l;
+      if (lane % 4 == 0 && i < p.seqlen_q) {
+        const SplitLog lse =
+            live[half] ? log_of_sum(l, params.shift) : SplitLog{-INFINITY, 0.f};
+        const int64_t at = (int64_t(plan.b) * p.num_heads + plan.head) * p.seqlen_q + i;
+        params.lse[at] = lse.high;
+        params.lse_low[at] = lse.low;
+      }
+    }
+    ptx::named_barrier(kWarpgroupBarrier + warpgroup, 128);  // all have read q^
+    const auto pack = [&](int n, int half) {
+      // A dead row is zero even where a live key of another row holds inf: P = 0 made that NaN.
+      const float* const x = rows.out[n] + 2 * half;
+      return live[half] ? sm80::Half16<TV>::pack(x[0] * inverse[half], x[1] * inverse[half]) : 0u;
+    };
+    const int row = warp * 16 + lane % 16;
+#pragma unroll
+    for (int n = 0; n < kNV; n += 2) {
+      TS* const to = shared.q[q_stage][warpgroup][n / 8][row] + ((n % 8 + lane / 16) ^ (row % 8)) * 8;
+      ptx::stmatrix_x4(ptx::smem_address(to), pack(n, 0), pack(n, 1), pack(n + 1, 0), pack(n + 1, 1));
+    }
+    ptx::fence_async_shared();
+    __syncwarp();
+    release(shared.out_full[q_stage]);
+  }
+
+  __device__ void consume(int warpgroup) {
+    PlanRing at_plan;
+    KeyRing at_k, at_v;
+    KeyRing pending;  // v of the weights at hand
+    Rows64 rows;
+    for (QueryRing at_q;; at_q.advance(), at_plan.advance()) {
+      shared.q_full[at_q.stage].wait(at_q.parity);
+      const Plan& plan = shared.plan[at_plan.stage];
+      if (plan.m_block < 0) break;
+      const int m0 = plan.m_block * kBlockM + warpgroup * 64;  // of this warpgroup
+      if (params.q_is_raw) normalize_q(at_q.stage, warpgroup, plan);
+#pragma unroll
+      for (int n = 0; n < kNV; ++n) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) rows.out[n][e] = 0.f;
+      }
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rows.sums[e] = 0.f;
+
+      // Of the block whose k is next: its first key, which of its pairs are allowed.
+      constexpr int kWords = kN / kBlocksPerWord<kN>;
+      unsigned words[kWords][1][2];
+      int2 ranges[1][2];
+      const auto first_key = [&] { return shared.block[at_k.stage] * kBlockN; };
+      const auto find_words = [&] {
+        const FragmentAt at(m0 + int(threadIdx.x) / 32 % 4 * 16, first_key());
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          find_allowed<kN>(words[w], ranges, p, plan.visible, plan.head, at, w * kBlocksPerWord<kN>);
+        }
+      };
+      const auto hide_words = [&] {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) hide(rows.s, w * kBlocksPerWord<kN>, words[w]);
+      };
+      const auto took_k = [&] {
+        release(shared.k_empty[at_k.stage]);
+        at_k.advance();
+      };
+      const auto took_v = [&] {
+        ptx::wgmma_wait<0>();
+        release(shared.v_empty[pending.stage]);
+      };
+      const auto make_weights = [&](auto is_partial) {
+        round_weights(rows);
+        pending = at_v;
+        at_v.advance();
+        if constexpr (decltype(is_partial)::value) {
+          if (plan.has_dead_keys) {
+            shared.v_full[pending.stage].wait(pending.parity);
+            if (has_nonfinite(pending.stage)) clear_unseen(rows, pending.stage);
+          }
+        }
+      };
+      // Weights of the first block.
+      const auto start = [&](auto is_partial) {
+        constexpr bool kHide = decltype(is_partial)::value;
+        shared.k_full[at_k.stage].wait(at_k.parity);
+        if constexpr (kHide) find_words();
+        start_qk(rows, at_q.stage, warpgroup, at_k.stage);
+        ptx::wgmma_wait<0>();
+        pin(rows.s[0]);
+        took_k();
+        if constexpr (kHide) hide_words();
+        take_exp(rows);
+        make_weights(is_partial);
+      };
+      // The product of the last weights with v, and the weights of the next block.
+      const auto step = [&](auto is_partial) {
+        constexpr bool kHide = decltype(is_partial)::value;
+        shared.k_full[at_k.stage].wait(at_k.parity);
+        if constexpr (kHide) find_words();
+        start_qk(rows, at_q.stage, warpgroup, at_k.stage);
+        shared.v_full[pending.stage].wait(pending.parity);
+        start_pv(rows, pending.stage);
+        ptx::wgmma_wait<1>();
+        pin(rows.s[0]);
+        took_k();
+        if constexpr (kHide) hide_words();
+        take_exp(rows);
+        keep_above(rows);
+        took_v();
+        make_weights(is_partial);
+      };
+      // What position tells of this warpgroup's rows: keys [seen.x, seen.y) some see, [all.x, all.y) all.
+      int2 seen{0, 0}, all{0, 0};
+      const auto kind = [&]() -> BlockKind {
+        const int n0 = first_key(), n1 = n0 + kBlockN;
+        if (n0 >= seen.y || n1 <= seen.x) return {false, false};
+        if (plan.by_data) {
+          return plan.visible.block(p, plan.head, m0, min(m0 + 64, plan.visible.seqlen_q), n0, n1);
+        }
+        return {true, n0 >= all.x && n1 <= all.y};
+      };
+
+      constexpr std::true_type kPartial;
+      constexpr std::false_type kFull;
+      bool started = false;
+      if (plan.counts.partial > 0) {
+        const Visible& visible = plan.visible;
+        find_ranges(ranges, visible, FragmentAt(m0 + int(threadIdx.x) / 32 % 4 * 16, 0));
+        const int last = min(m0 + 64, visible.seqlen_q) - 1;
+        if (m0 <= last) {
+          seen = {visible.first_key(m0), visible.end_key(last)};
+          all = {visible.first_key(last), visible.end_key(m0)};
+        }
+      }
+#pragma unroll 1
+      for (int i = plan.counts.partial; i > 0; --i) {
+        shared.k_full[at_k.stage].wait(at_k.parity);
+        const BlockKind of_block = kind();
+        if (plan.has_dead_keys || (of_block.any && !(started && of_block.all))) {
+          // All consumers look at v where keys may be dead, and so take every block.
+          if (started) {
+            step(kPartial);
+          } else {
+            start(kPartial);
+            started = true;
+          }
+        } else if (of_block.any) {
+          step(kFull);
+        } else {
+          took_k();
+          shared.v_full[at_v.stage].wait(at_v.parity);
+          release(shared.v_empty[at_v.stage]);
+          at_v.advance();
+        }
+      }
+      int full = plan.counts.full;
+      if (!started && full > 0) {
+        start(kFull);
+        started = true;
+        --full;
+      }
+#pragma unroll 1
+      for (; full > 0; --full) step(kFull);
+      if (started) {
+        shared.v_full[pending.stage].wait(pending.parity);
+        start_pv(rows, pending.stage);
+        took_v();
+      }
+      pin(rows.out);
+      finish(rows, plan, at_q.stage, warpgroup);
+    }
+  }
+
+  // ptxas would sink most of the exps below the wait that follows, where no product runs beside them. A
+  // store that never happens, of what depends on all of them, cannot pass it.
+  __device__ void keep_above(const Rows64& rows) const {
+    const float sum = (rows.sums[0] + rows.sums[1]) + (rows.sums[2] + rows.sums[3]);
+    asm volatile("{.reg .pred p; setp.lt.f32 p, %0, 0fBF800000; @p st.shared.f32 [%1], %0;}" ::"f"(sum),
+                 "r"(ptx::smem_address(&shared.seen))
+                 : "memory");
+  }
+};
+
+// Grid: persistent CTAs, at most one per tile.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::kThreads, 1)
+    cosine_attn_fwd_sm90(const __grid_constant__ FwdTmaParams params) {
+#if __CUDA_ARCH_FEAT_SM90_ALL
+  auto& shared = aligned_shared<typename Tile::Shared>();
+  const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
+  if (threadIdx.x == 0) {
+    for (const CUtensorMap* map : {&params.q_map, &params.k_map, &params.v_map, &params.out_map}) {
+      ptx::prefetch_tensor_map(*map);
+    }
+    for (int i = 0; i < Tile::kQueryStages; ++i) {
+      shared.q_full[i].init(1);
+      shared.q_empty[i].init(1);
+      shared.out_full[i].init(4 * Tile::kConsumers);
+    }
+    for (int i = 0; i < Tile::kPlans; ++i) {
+      shared.plan_full[i].init(1);
+      shared.plan_empty[i].init(1);
+    }
+    for (int i = 0; i < Tile::kStages; ++i) {
+      shared.k_full[i].init(1);
+      shared.v_full[i].init(1);
+      shared.k_empty[i].init(4 * Tile::kConsumers);
+      shared.v_empty[i].init(4 * Tile::kConsumers);
+    }
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+  FwdKernel<Tile> kernel{params, params.problem, shared};
+  if (warpgroup == 0) {
+    ptx::fewer_registers<Tile::kProducerRegisters>();
+    const int warp = threadIdx.x / 32;
+    if (warp == 0) kernel.load();
+    if (warp == 1) kernel.make_plans();
+    if (warp == 2) kernel.store();
+  } else {
+    ptx::more_registers<Tile::kConsumerRegisters>();
+    kernel.consume(warpgroup - 1);
+  }
+#endif
+}
+
+}  // namespace jca::sm90
