@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-_MARK = "timed call of "
+_MARK, _BEFORE = "timed call of ", "what comes before"
 # Idle time before each call. Kernels are given to calls by their start times, and the clocks of
 # the host and the device agree only to some microseconds.
 _PAUSE_S = 1e-3
@@ -52,35 +52,52 @@ def launch_as_graphs() -> None:
     os.environ["XLA_FLAGS"] = " ".join(flags)
 
 
-def measure(calls: Mapping[str, Callable[[], Any]], num_times: int) -> dict[str, Timing]:
-    """Times calls that are compiled and warm, `num_times` rounds of each in turn."""
+def measure(
+    calls: Mapping[str, Callable[[], Any]],
+    num_times: int,
+    before: Callable[[], Any] = lambda: None,
+) -> dict[str, Timing]:
+    """Times calls that are compiled and warm, `num_times` rounds of each in turn.
+
+    Each finds what the one before left in the caches, unless `before`, called before every one and
+    not timed, replaces that.
+    """
     if jax.default_backend() != "gpu":
-        return _wall_times(calls, num_times, f"wall ({jax.default_backend()})")
+        return _wall_times(calls, num_times, before, f"wall ({jax.default_backend()})")
     try:
-        return _device_spans(calls, num_times)
+        return _device_spans(calls, num_times, before)
     except TraceError as error:
-        return _wall_times(calls, num_times, f"wall ({error})")
+        return _wall_times(calls, num_times, before, f"wall ({error})")
 
 
 def _wall_times(
-    calls: Mapping[str, Callable[[], Any]], num_times: int, clock: str
+    calls: Mapping[str, Callable[[], Any]],
+    num_times: int,
+    before: Callable[[], Any],
+    clock: str,
 ) -> dict[str, Timing]:
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(num_times):
         for name, call in calls.items():
+            jax.block_until_ready(before())
             start = time.perf_counter()
             jax.block_until_ready(call())
             times[name].append(time.perf_counter() - start)
     return {name: Timing(1e3 * statistics.median(t), clock, ()) for name, t in times.items()}
 
 
-def _device_spans(calls: Mapping[str, Callable[[], Any]], num_times: int) -> dict[str, Timing]:
+def _device_spans(
+    calls: Mapping[str, Callable[[], Any]], num_times: int, before: Callable[[], Any]
+) -> dict[str, Timing]:
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0  # slows the launches, and so the span of short calls
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(num_times):
                 for name, call in calls.items():
+                    time.sleep(_PAUSE_S)
+                    with jax.profiler.TraceAnnotation(_MARK + _BEFORE):
+                        jax.block_until_ready(before())
                     time.sleep(_PAUSE_S)
                     with jax.profiler.TraceAnnotation(_MARK + name):
                         jax.block_until_ready(call())
@@ -122,7 +139,8 @@ def spans(starts: Sequence[tuple[float, str]], kernels: Sequence[Kernel]) -> dic
             by_call[call].append(kernel)
     grouped: dict[str, list[list[Kernel]]] = {}
     for (_, name), ran in zip(starts, by_call, strict=True):
-        grouped.setdefault(name, []).append(ran)
+        if name != _BEFORE:
+            grouped.setdefault(name, []).append(ran)
     timings = {}
     for name, ran_by_calls in grouped.items():
         counts = sorted({len(ran) for ran in ran_by_calls})

@@ -1,5 +1,6 @@
 """The benchmark: what a row holds, and what counts as the time of a call."""
 
+import functools
 import json
 import os
 
@@ -124,6 +125,21 @@ def test_span_counts_overlaps_once_and_gaps_in_full():
     assert timings["a"].ms == pytest.approx((5 + 7) / 2)
     assert timings["a"].kernels == ("norm", "inside", "after a gap")
     assert timings["b"].ms == pytest.approx(1.1)
+
+
+def test_what_comes_before_a_call_is_not_counted():
+    starts = [(0 * MS, timing._BEFORE), (5 * MS, "a"), (10 * MS, timing._BEFORE), (15 * MS, "a")]
+    kernels = [Kernel(t * MS, (t + 1) * MS, "k") for t in (1, 6, 11, 12, 16)]
+    assert timing.spans(starts, kernels) == {"a": (pytest.approx(1), "device span", ("k",))}
+
+
+def test_each_call_is_preceded():
+    order = []
+    calls = {name: functools.partial(order.append, name) for name in "ab"}
+    before = functools.partial(order.append, "before")
+    timings = timing._wall_times(calls, 2, before, "wall")
+    assert order == ["before", "a", "before", "b"] * 2
+    assert timings.keys() == {"a", "b"}
 
 
 @pytest.mark.parametrize(
