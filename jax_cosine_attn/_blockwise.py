@@ -416,11 +416,13 @@ def blockwise_bwd(
     dlse = jnp.zeros_like(lse) if dlse is None else jnp.where(is_dead, 0, dlse)
     tensor_grads = [name for name in wanted if name != "scale"]
 
+    has_whole_rows = call.block_k == call.s
+
     def weights(
         block: Block, edge: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array, jax.Array | None]:
-        """(exp(logits - lse), products of scaled q and k, scaled q, k, rows of dout, allowed), dead
-        rows and keys zeroed."""
+        """(weights, products of scaled q and k, scaled q, k, rows of dout, allowed), dead rows and
+        keys zeroed."""
         bias = call.bias(block)
         allowed = call.allowed(block, edge, bias)
         q = call.scaled_q(block)
@@ -431,9 +433,15 @@ def blockwise_bwd(
             dead_row = row_lse == -jnp.inf
             q, g, row_lse = (jnp.where(dead_row, 0, x) for x in (q, g, row_lse))
         qk = call.product("rh,sh->rs", q, k)
-        return jnp.exp(call.logits(qk, bias, allowed) - row_lse - row_low), qk, q, k, g, allowed
-
-    has_whole_rows = call.block_k == call.s
+        logits = call.logits(qk, bias, allowed)
+        if not has_whole_rows:
+            return jnp.exp(logits - row_lse - row_low), qk, q, k, g, allowed
+        # Free of the rounding of lse. A GPU's exp rounds otherwise in one fusion than in another,
+        # but 0 to 1 in all: the weight of an only key is 1 whatever computes it and the total.
+        top = logits.max(axis=-1, keepdims=True)
+        p = jnp.exp(logits - jnp.where(top == -jnp.inf, 0, top))
+        total = p.sum(axis=-1, keepdims=True)
+        return p / jnp.where(total == 0, 1, total), qk, q, k, g, allowed
 
     def step(
         block: Block, edge: bool, dq: jax.Array, dk: jax.Array, dv: jax.Array, *grads: jax.Array
@@ -444,8 +452,6 @@ def blockwise_bwd(
         row_products = call.read(products, "bnt", block)[..., None]
         if has_whole_rows:
             # Free of the rounding of out.
-            total = p.sum(axis=-1, keepdims=True)
-            p = p / jnp.where(total == 0, 1, total)
             row_products = (p * dp).sum(axis=-1, keepdims=True)
         ds = p * (dp - row_products + call.read(dlse, "bnt", block)[..., None])
         dq = dq + call.product("rs,sh->rh", ds, k)
