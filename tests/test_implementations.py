@@ -404,6 +404,20 @@ def test_heads_sharing_keys(implementation, k, dtype):
     check(implementation, inputs, is_causal=True, **learned(6))
 
 
+@pytest.mark.parametrize("h", [20, 64])
+def test_key_masks_of_entries_that_share_keys(implementation, h):
+    """Under vmap over queries and masks: there are fewer entries of keys than lists of them."""
+
+    def inputs(seed: int) -> dict[str, np.ndarray]:
+        made = make_inputs(F16, b=3, t=33, s=70, h=h, seed=seed)
+        for name in ("key", "value"):
+            made[name][:] = made[name][:1]
+        return made
+
+    seen = mask(np.random.default_rng(2), 3, 1, 1, 70)
+    check(implementation, inputs, form="vmap", shared=(1, 2), mask=seen)
+
+
 @pytest.mark.parametrize("beyond", [10.0, -10.0, 12.0])
 def test_scale_at_and_beyond_its_bound(implementation, beyond):
     """Clamped in the result; the gradient is 1 at the bound and 0 beyond it."""

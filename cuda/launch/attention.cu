@@ -58,17 +58,21 @@ Status normalize(cudaStream_t stream, const NormParams& params) {
       stream, "normalize_rows", params, params.batch, params.num_heads, params.seqlen, kNormRowsEach);
 }
 
-// A copy of x in rows of Hp: of each of its entries, or with the keys that are listed alone, which entries of
-// the call have.
+// x as its copy reads it, entry by entry: the copy has as many entries, or one for each of the call.
+Rows copied_entries(const Rows& x, const Rows& copy) {
+  Rows entries = x;
+  if (copy.batch.size == x.batch.size) entries.batch.div = 1;
+  return entries;
+}
+
+// A copy of x in rows of Hp; listed: of the keys that are listed alone, which entries of the call have.
 template <typename T>
 Status copy_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int seqlen, int num_heads,
                  const Rows& copy, bool listed = false) {
-  Rows own = x;
-  if (!listed) own.batch = {copy.batch.size, 1};
   Rows own_copy = copy;
-  own_copy.batch = {copy.batch.size, 1};
+  own_copy.batch.div = 1;
   return normalize<T, T>(stream, {.problem = problem,
-                                  .x = own,
+                                  .x = copied_entries(x, copy),
                                   .seqlen = seqlen,
                                   .num_heads = num_heads,
                                   .batch = static_cast<int>(copy.batch.size),
@@ -96,16 +100,14 @@ Status normalize_q(cudaStream_t stream, const Problem& problem, bool log2_units,
                                      .l2norm = problem.l2norm});
 }
 
-// k^ of every entry of k, or of the listed keys of every entry of the call.
+// k^ of all keys, or of the listed ones.
 template <typename T, typename THat>
 Status normalize_k(cudaStream_t stream, const Problem& problem, const Rows& k, const Rows& k_hat,
                    float* k_inverse_norm, bool listed = false, int* zero = nullptr) {
-  Rows own = k;
-  if (!listed) own.batch = {k_hat.batch.size, 1};
   Rows own_hat = k_hat;
-  own_hat.batch = {k_hat.batch.size, 1};
+  own_hat.batch.div = 1;
   return normalize<T, THat>(stream, {.problem = problem,
-                                     .x = own,
+                                     .x = copied_entries(k, k_hat),
                                      .seqlen = problem.seqlen_k,
                                      .num_heads = problem.num_heads_kv,
                                      .batch = static_cast<int>(k_hat.batch.size),

@@ -344,7 +344,6 @@ struct BwdKernel {
       }
     }
     ptx::fence_async_shared();
-    __syncwarp();
     release(shared.ds_full);
   }
 
@@ -567,7 +566,6 @@ struct BwdKernel {
       if (key_of(turn) < p.seqlen_k) L::store(gdK.row(key_of(turn)), a[turn], p.head_dim);
     }
     ptx::fence_async_shared();
-    __syncwarp();
     release(shared.keys_empty);
   }
 

@@ -467,7 +467,6 @@ struct FwdKernel {
       ptx::stmatrix_x4(ptx::smem_address(to), pack(n, 0), pack(n, 1), pack(n + 1, 0), pack(n + 1, 1));
     }
     ptx::fence_async_shared();
-    __syncwarp();
     release(shared.out_full[q_stage]);
   }
 

@@ -38,8 +38,11 @@ struct TilePlace {
   }
 };
 
-// A warp is done with a stage.
-__device__ inline void release(ptx::Mbarrier& empty) { empty.arrive_if(threadIdx.x % 32 == 0); }
+// A warp is done with a stage, all of its lanes.
+__device__ inline void release(ptx::Mbarrier& empty) {
+  __syncwarp();
+  empty.arrive_if(threadIdx.x % 32 == 0);
+}
 
 // Accesses to x stay below.
 template <int kM>
