@@ -24,7 +24,7 @@ PY := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda cmake -type f 2>/dev/null)
 SANITIZER ?= compute-sanitizer
 
-.PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode sanitize \
+.PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode bench-hopper sanitize \
         lint train clean benchmark benchmark_causal benchmark_forward benchmark_backward \
         benchmark_forward_causal benchmark_backward_causal
 
@@ -72,6 +72,11 @@ bench-features: $(DEV)
 
 bench-decode: $(DEV)
 	$(PY) benchmarks/bench_decode.py --commit $(COMMIT) --json $(RESULTS)/decode.json
+
+bench-hopper: $(DEV)
+	for name in hopper-forward hopper-backward; do \
+	    $(BENCH) --preset $$name --commit $(COMMIT) --json $(RESULTS)/$$name.json || exit 1; \
+	done
 
 benchmark: $(DEV)
 	$(BENCH)

@@ -9,7 +9,7 @@ import bench_decode
 import bench_features
 import pytest
 import timing
-from shapes import PRESETS, Shape
+from shapes import PRESETS, Shape, Target
 from timing import Kernel
 
 TINY = ["--shape", "2", "4", "2", "16", "--seq-lens", "24", "--num-times", "2"]
@@ -83,6 +83,36 @@ def test_failures_of_this_library_fail(tmp_path, monkeypatch):
 def test_lengths_that_the_preset_lacks_need_a_shape():
     with pytest.raises(SystemExit, match="--shape"):
         bench_attention.main(["--preset", "cpu", "--seq-lens", "7"])
+
+
+def test_targets_are_compared_with_the_best_peer(tmp_path, monkeypatch, capsys):
+    shape = Shape(1, 32, 2, 1, 8)
+    easy = Target("fwd", "all-in", shape, "float32", is_causal=True, at_least=1e-9)
+    cases = (easy, easy._replace(direction="bwd", mask_prob=0.25, at_least=1e9))
+    cases += (easy._replace(at_least=None),)
+    monkeypatch.setitem(bench_attention.TARGETS, "some", cases)
+    file = tmp_path / "targets.json"
+    bench_attention.main(
+        ["--preset", "some", "--num-times", "1", "--peers", "xla", "--json", str(file)]
+    )
+    rows = json.loads(file.read_text())["rows"]
+    found = [(row["direction"], row["implementation"], row["masked"]) for row in rows]
+    assert found == [
+        ("fwd", "jax_cosine_attn", False), ("fwd", "xla", False),
+        ("bwd", "jax_cosine_attn", True), ("bwd", "xla", True),
+        ("fwd", "jax_cosine_attn", False),
+    ]  # fmt: skip
+    for mine, peers in ((rows[0], rows[1]), (rows[2], rows[3])):
+        assert mine["best_peer_over_ours"] == pytest.approx(peers["ms"] / mine["ms"])
+    assert "best_peer_over_ours" not in rows[4]
+    printed = capsys.readouterr().out
+    assert [word in printed for word in ("reached: ", "missed: ", "1 targets missed")] == [True] * 3
+
+
+def test_targets_say_their_options_themselves(capsys):
+    with pytest.raises(SystemExit):
+        bench_attention.main(["--preset", "hopper-forward", "--causal", "--dtype", "float32"])
+    assert "causal, dtype: the cases of hopper-forward" in capsys.readouterr().err
 
 
 def test_flops():
