@@ -226,11 +226,11 @@ def _padded(x: int, multiple: int) -> int:
 
 
 def _pre_pass(
-    ops: Operands, config: Config, dtype: Any, forward: bool = False, decode: bool = False
+    ops: Operands, config: Config, dtype: Any, decode: bool = False
 ) -> list[jax.ShapeDtypeStruct]:
     """Scratch of the pre-passes: q^ and k^ unless for decode, v in rows of a multiple of 8 where H
-    is not one, the cells, bits and keys of mask, and the cells of segments. The 16-bit forward may
-    copy the listed keys of each entry and their values."""
+    is not one, the cells, bits and keys of mask, and the cells of segments. 16-bit kernels may copy
+    the listed keys of each entry and their values."""
     t, n, s, k, h = shapes(ops, config)
     row = _padded(h, 8)
     cells: tuple[int, ...] = (0,)
@@ -249,7 +249,7 @@ def _pre_pass(
         (0,) if ids is None else (ids.shape[0], -(-ids.shape[1] // size), 2)
         for ids, size in ((ops.q_segments, _CELL_ROWS), (ops.kv_segments, _CELL_COLS))
     ]
-    listed = keys != (0,) and forward and not decode and dtype.itemsize == 2
+    listed = keys != (0,) and not decode and dtype.itemsize == 2
     k_batch, v_batch = (config.batch if listed else x.shape[0] for x in (ops.k, ops.v))
     copies_v = listed or row != h
     return [
@@ -278,7 +278,7 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
         jax.ShapeDtypeStruct((config.batch, *ops.q.shape[1:]), dtype),
         rows,
         rows,
-        *_pre_pass(ops, config, hat, forward=True, decode=splits > 0),
+        *_pre_pass(ops, config, hat, decode=splits > 0),
         _NEXT_TILE,
         jax.ShapeDtypeStruct(partials, jnp.float32),
     ]
@@ -342,16 +342,17 @@ def cuda_bwd(
         if not config.deterministic:
             shape = (2 * math.prod(shape_of["relative_bias"]),)
         partials["relative_bias"] = shape
+    pre_pass = _pre_pass(ops, config, dtype)
     results = [
         jax.ShapeDtypeStruct((batch, *ops.q.shape[1:]), dtype),
         jax.ShapeDtypeStruct((batch, *ops.k.shape[1:]), dtype),
         jax.ShapeDtypeStruct((batch, *ops.v.shape[1:]), dtype),
         *options,
-        *_pre_pass(ops, config, dtype),
+        *pre_pass,
         _NEXT_TILE,
         jax.ShapeDtypeStruct((batch, n, 0 if row == h else t, row), dtype),  # dout, padded
         jax.ShapeDtypeStruct((batch, n, t, config.groups), jnp.float32),  # inverse norms of q
-        jax.ShapeDtypeStruct((ops.k.shape[0], k, s, config.groups), jnp.float32),  # and of k
+        jax.ShapeDtypeStruct((*pre_pass[1].shape[:3], config.groups), jnp.float32),  # and of k
         jax.ShapeDtypeStruct((batch, n, _ROW_STATS, padded_t), jnp.float32),
         jax.ShapeDtypeStruct(
             (batch, n, t if "scale" in wanted else 0, 2), jnp.float32

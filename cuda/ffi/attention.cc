@@ -312,6 +312,23 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
   return in;
 }
 
+// Entries of k^ and of copies of v: those of k and v, or of the call where copies hold listed keys alone.
+struct KeyCopies {
+  bool of_v;
+  int64_t k_entries, v_entries, k_div, v_div;
+
+  KeyCopies(const Inputs& in, const ffi::AnyBuffer& k, const ffi::AnyBuffer& v,
+            ffi::Span<const int64_t> div, bool decode = false) {
+    const Problem& p = in.problem;
+    const bool listed = p.mask.keys != nullptr && in.dtype != ffi::F32 && !decode;
+    of_v = p.head_dim % 8 != 0 || listed;
+    k_entries = listed ? p.batch : k.dimensions()[0];
+    v_entries = listed ? p.batch : v.dimensions()[0];
+    k_div = listed ? 1 : div[kK];
+    v_div = listed ? 1 : div[kV];
+  }
+};
+
 using Result = ffi::Result<ffi::AnyBuffer>;
 
 ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi::AnyBuffer v,
@@ -354,13 +371,10 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   check.shape("lse", *lse, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("lse_low", *lse_low, ffi::F32, {p.batch, n, p.seqlen_q});
   check.shape("q_hat", *q_hat, hat, {p.batch, n, decode ? 0 : p.seqlen_q, hp});
-  // Copies of the listed keys belong to the entries of the call.
-  const bool listed = p.mask.keys != nullptr && in.dtype != ffi::F32 && !decode;
-  const auto entries = [&](const ffi::AnyBuffer& x) { return listed ? p.batch : x.dimensions()[0]; };
-  const auto entry_div = [&](int64_t div) { return listed ? 1 : div; };
-  check.shape("k_hat", *k_hat, hat, {entries(k), kv, decode ? 0 : p.seqlen_k, hp});
+  const KeyCopies copies(in, k, v, div, decode);
+  check.shape("k_hat", *k_hat, hat, {copies.k_entries, kv, decode ? 0 : p.seqlen_k, hp});
   check.shape("v_padded", *v_padded, in.dtype,
-              {entries(v), kv, p.head_dim % 8 != 0 || listed ? p.seqlen_k : 0, hp});
+              {copies.v_entries, kv, copies.of_v ? p.seqlen_k : 0, hp});
   check.shape("next_tile", *next_tile, ffi::S32, {1});
   if (!check.ok()) return check.error();
 
@@ -373,8 +387,8 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                                           .k = in.k,
                                           .v = in.v,
                                           .q_hat = packed_rows(*q_hat, 1),
-                                          .k_hat = packed_rows(*k_hat, entry_div(div[kK])),
-                                          .v_padded = packed_rows(*v_padded, entry_div(div[kV])),
+                                          .k_hat = packed_rows(*k_hat, copies.k_div),
+                                          .v_padded = packed_rows(*v_padded, copies.v_div),
                                           .out = rows_of(*out, heads_first, 1),
                                           .lse = lse->typed_data<float>(),
                                           .lse_low = lse_low->typed_data<float>(),
@@ -425,11 +439,12 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   check.shape("dv", *dv, in.dtype, {b, k1, k2, h});
   if (!is_absent(*dscale)) check.shape("dscale", *dscale, ffi::F32, {-1, n});
   check.shape("q_hat", *q_hat, in.dtype, {b, n, t, hp});
-  check.shape("k_hat", *k_hat, in.dtype, {k.dimensions()[0], kv, s, hp});
-  check.shape("v_padded", *v_padded, in.dtype, {v.dimensions()[0], kv, h % 8 != 0 ? s : 0, hp});
+  const KeyCopies copies(in, k, v, div);
+  check.shape("k_hat", *k_hat, in.dtype, {copies.k_entries, kv, s, hp});
+  check.shape("v_padded", *v_padded, in.dtype, {copies.v_entries, kv, copies.of_v ? s : 0, hp});
   check.shape("dout_padded", *dout_padded, in.dtype, {b, n, h % 8 != 0 ? t : 0, hp});
   check.shape("q_inverse_norm", *q_inverse_norm, ffi::F32, {b, n, t, groups});
-  check.shape("k_inverse_norm", *k_inverse_norm, ffi::F32, {k.dimensions()[0], kv, s, groups});
+  check.shape("k_inverse_norm", *k_inverse_norm, ffi::F32, {copies.k_entries, kv, s, groups});
   check.shape("row_stats", *row_stats, ffi::F32, {b, n, kRowStats, padded_t});
   if (!is_absent(*dscale)) {
     check.shape("row_sums", *row_sums, ffi::F32, {b, n, t, 2});
@@ -495,8 +510,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .lse_low = lse_low.typed_data<float>(),
        .dlse = is_absent(dlse) ? nullptr : dlse.typed_data<float>(),
        .q_hat = packed_rows(*q_hat, 1),
-       .k_hat = packed_rows(*k_hat, div[kK]),
-       .v_padded = packed_rows(*v_padded, div[kV]),
+       .k_hat = packed_rows(*k_hat, copies.k_div),
+       .v_padded = packed_rows(*v_padded, copies.v_div),
        .dout_padded = packed_rows(*dout_padded, 1),
        .q_inverse_norm = q_inverse_norm->typed_data<float>(),
        .k_inverse_norm = k_inverse_norm->typed_data<float>(),

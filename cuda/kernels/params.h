@@ -150,6 +150,7 @@ struct NormParams {
   float* inverse_norm;  // [batch, heads, L, groups], 0 for zero rows; may be null
   bool l2norm;
   bool listed = false;   // row j of hat is that of the list of keys of the mask, with zeros behind them
+  bool skips_prefix = false;  // not where the list is a prefix of all keys
   int* zero = nullptr;   // set to 0, for the kernel after; may be null
 };
 
@@ -169,9 +170,10 @@ struct FwdParams {
 // The same for the kernel that reads and writes through tensor maps: (H, L, heads, batch) of q or q^, of k^,
 // v and out, in boxes of 64 columns by 64 rows of queries or a block of keys.
 struct FwdTmaParams {
-  CUtensorMap q_map, k_map, v_map, out_map;
+  CUtensorMap q_map, k_map, v_map, raw_v_map, out_map;
   Problem problem;
-  BatchIndex q_batch, k_batch, v_batch;
+  BatchIndex q_batch, k_batch, v_batch, raw_v_batch;
+  bool listed;    // k^ and v hold the listed keys alone, v none of a list that is a prefix: raw_v_map serves
   bool q_is_raw;  // q_map is of q, which the kernel turns into q^ itself
   float* lse;
   float* lse_low;
@@ -224,7 +226,7 @@ struct BwdParams {
   Problem problem;
   Rows q_hat, k_hat, v, dout;
   Rows k_raw;                   // for the norm's backward in the dk epilogue
-  const float* k_inverse_norm;  // [Bk, K, S, groups]
+  const float* k_inverse_norm;  // [Bk, K, S, groups], of the rows of k^
   RowStats stats;
   // What CTAs add to by atomics, zeroed; null where the kernels of sm80/ordered.h find the same sums.
   // cosine_attn_dq_sm80 writes the first two, whatever they hold.
@@ -251,9 +253,10 @@ struct DqTiles {
 // The same for the kernel that reads through tensor maps: (H, L, heads, batch) of q^, k^, v and dO, in boxes
 // of 64 columns by a block of queries or keys.
 struct BwdTmaParams {
-  CUtensorMap q_map, k_map, v_map, dout_map;
+  CUtensorMap q_map, k_map, v_map, raw_v_map, dout_map;
   Problem problem;
-  BatchIndex k_batch, v_batch;
+  BatchIndex k_batch, v_batch, raw_v_batch;
+  bool listed;  // as in FwdTmaParams
   Rows k_raw;
   const float* k_inverse_norm;
   RowStats stats;

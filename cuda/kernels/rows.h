@@ -246,6 +246,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
     const int32_t* ranks = p.mask.keys + p.mask.batch(at.b) * p.mask.keys_size();
     keys = ranks + p.mask.cell_cols() + 1;
     read = ranks[p.mask.cell_cols()];
+    if (params.skips_prefix && (read == 0 || keys[read - 1] == read - 1)) return;
     written = min(written, (read + kMostKeysPerBlock - 1) / kMostKeysPerBlock * kMostKeysPerBlock);
   }
 

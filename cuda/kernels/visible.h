@@ -255,21 +255,20 @@ __device__ inline void find_ranges(int2 (&ranges)[kM][2], const Visible& visible
   }
 }
 
-// Bit n * 8 + x of words[m][half]: whether the pair at row_of(m, 2 * half), col_of(n0 + n, x) is allowed, for
-// blocks n0 ... n0 + kBlocksPerWord - 1. Rows and keys past the end read the last one: ranges hide them.
+// What masks and segments tell of the pairs in blocks n0 ... n0 + kBlocksPerWord - 1: bit j % 32 of
+// words[m][half], whether row_of(m, 2 * half) may attend key j. Rows and keys past the end read the last one:
+// ranges hide them. The words of a mask are not looked at, and may still be on their way.
 template <int kN, int kM>
-__device__ inline void find_allowed(unsigned (&words)[kM][2], const int2 (&ranges)[kM][2], const Problem& p,
-                                    const Visible& visible, int head, FragmentAt at, int n0) {
+__device__ inline void find_allowed(unsigned (&words)[kM][2], const Problem& p, const Visible& visible,
+                                    int head, FragmentAt at, int n0) {
   const int j = at.col_of(n0, 0);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      unsigned word = bits_between(ranges[m][half].x, ranges[m][half].y, j / 32 * 32);
-      if (visible.mask_cells != nullptr) {
-        word &= visible.mask_word(p.mask, head, at.row_of(m, 2 * half), j / 32);
-      }
-      words[m][half] = word >> (j % 32);
+      words[m][half] = visible.mask_cells == nullptr
+                           ? ~0u
+                           : visible.mask_word(p.mask, head, at.row_of(m, 2 * half), j / 32);
     }
   }
   if (visible.q_ids != nullptr) {
@@ -291,7 +290,7 @@ __device__ inline void find_allowed(unsigned (&words)[kM][2], const int2 (&range
         for (int m = 0; m < kM; ++m) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            if (ids[m][half] != id) words[m][half] &= ~(1u << (n * 8 + x));
+            if (ids[m][half] != id) words[m][half] &= ~(1u << (j % 32 + n * 8 + x));
           }
         }
       }
@@ -299,16 +298,23 @@ __device__ inline void find_allowed(unsigned (&words)[kM][2], const int2 (&range
   }
 }
 
-// Logits of pairs that may not be attended become -inf: those of blocks n0 ... whose bits are `words`.
+// Logits of pairs that may not be attended become -inf, in the blocks n0 ... that `words` are of.
 template <int kM, int kN>
-__device__ inline void hide(float (&s)[kM][kN][4], int n0, const unsigned (&words)[kM][2]) {
+__device__ inline void hide(float (&s)[kM][kN][4], const unsigned (&words)[kM][2],
+                            const int2 (&ranges)[kM][2], FragmentAt at, int n0) {
+  const int j = at.col_of(n0, 0);
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
-    for (int n = 0; n < kBlocksPerWord<kN>; ++n) {
+    for (int half = 0; half < 2; ++half) {
+      const int2 range = ranges[m][half];
+      const unsigned word = (words[m][half] & bits_between(range.x, range.y, j / 32 * 32)) >> (j % 32);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        if (!(words[m][e / 2] >> (n * 8 + e % 2) & 1)) s[m][n0 + n][e] = -INFINITY;
+      for (int n = 0; n < kBlocksPerWord<kN>; ++n) {
+#pragma unroll
+        for (int x = 0; x < 2; ++x) {
+          if (!(word >> (n * 8 + x) & 1)) s[m][n0 + n][2 * half + x] = -INFINITY;
+        }
       }
     }
   }
@@ -322,13 +328,13 @@ __device__ inline void hide(float (&s)[kM][kN][4], const Problem& p, const Visib
 #pragma unroll
   for (int n0 = 0; n0 < kN; n0 += kBlocksPerWord<kN>) {
     unsigned words[kM][2];
-    find_allowed<kN>(words, ranges, p, visible, head, at, n0);
-    hide(s, n0, words);
+    find_allowed<kN>(words, p, visible, head, at, n0);
+    hide(s, words, ranges, at, n0);
   }
 }
 
 // The same for a fragment of the transposed logits: rows of `at` are keys, all of them within one word of the
-// mask, and columns query rows. There is no list of keys.
+// mask, and columns query rows.
 template <int kN>
 __device__ inline void hide_transposed(float (&s)[kN][4], const Problem& p, const Visible& visible, int head,
                                        FragmentAt at) {

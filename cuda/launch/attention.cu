@@ -65,7 +65,8 @@ Rows copied_entries(const Rows& x, const Rows& copy) {
   return entries;
 }
 
-// A copy of x in rows of Hp; listed: of the keys that are listed alone, which entries of the call have.
+// A copy of x in rows of Hp; listed: of the keys that are listed alone, which entries of the call have, but
+// not where the list is a prefix.
 template <typename T>
 Status copy_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int seqlen, int num_heads,
                  const Rows& copy, bool listed = false) {
@@ -81,7 +82,8 @@ Status copy_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int
                                   .hat = own_copy,
                                   .inverse_norm = nullptr,
                                   .l2norm = false,
-                                  .listed = listed});
+                                  .listed = listed,
+                                  .skips_prefix = listed});
 }
 
 // q^ of every batch entry of the call: it carries the entry's scale.
@@ -253,6 +255,8 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
                       .q_batch = q.batch,
                       .k_batch = call.k_hat.batch,
                       .v_batch = v.batch,
+                      .raw_v_batch = call.v.batch,
+                      .listed = p.mask.keys != nullptr,
                       .q_is_raw = q.data == call.q.data,
                       .lse = call.lse,
                       .lse_low = call.lse_low,
@@ -264,6 +268,7 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
       {{&params.q_map, "q", q, params.q_is_raw ? wide : hat, p.seqlen_q, p.num_heads, 64},
        {&params.k_map, "k^", call.k_hat, hat, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.raw_v_map, "v", call.v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.out_map, "out", call.out, wide, p.seqlen_q, p.num_heads, 64}},
       p.head_dim);
   if (!status.ok()) return status;
@@ -282,8 +287,7 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
       find_instance(Direction::kForward, call.arithmetic, call.unbounded, p.head_dim);
   if (instance == nullptr) return no_instance(Direction::kForward, call.arithmetic, p);
   const bool is_sm90 = instance->family == Family::kSm90;
-  // Tensor copies take neighbouring rows.
-  const bool listed = is_sm90 && p.mask.keys != nullptr;
+  const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
   const bool q_is_raw = is_sm90 && (p.groups == 1 || !p.l2norm);
   if (!q_is_raw) {
     status = normalize_q<T, THat>(stream, p, !call.unbounded, call.q, call.q_hat, nullptr);
@@ -429,13 +433,16 @@ Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdPara
 }
 
 // The backward on Hopper, for the same as `of`.
-Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, int* next_tile) {
+Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& raw_v,
+                            int* next_tile) {
   const Problem& p = of.problem;
   const FloatType type =
       instance.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
   BwdTmaParams params{.problem = p,
                       .k_batch = of.k_hat.batch,
                       .v_batch = of.v.batch,
+                      .raw_v_batch = raw_v.batch,
+                      .listed = p.mask.keys != nullptr,
                       .k_raw = of.k_raw,
                       .k_inverse_norm = of.k_inverse_norm,
                       .stats = of.stats,
@@ -449,6 +456,7 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
       {{&params.q_map, "q^", of.q_hat, type, p.seqlen_q, p.num_heads, instance.block_m},
        {&params.k_map, "k^", of.k_hat, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", of.v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.raw_v_map, "v", raw_v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.dout_map, "dO", of.dout, type, p.seqlen_q, p.num_heads, instance.block_m}},
       p.head_dim);
   if (!status.ok()) return status;
@@ -464,26 +472,28 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
 }
 
 template <typename T>
-Status backward(cudaStream_t stream, BackwardCall call) {
-  Problem& p = call.problem;
+Status backward(cudaStream_t stream, const BackwardCall& call) {
+  const Problem& p = call.problem;
   const Instance* instance =
       find_instance(Direction::kBackward, call.arithmetic, call.unbounded, p.head_dim);
   const bool is_sm90 = instance != nullptr && instance->family == Family::kSm90;
-  if (is_sm90) p.mask.keys = nullptr;  // TMA copies rows that are neighbours
+  const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
   Status status = condense(stream, p);
   if (!status.ok()) return status;
   status = normalize_q<T, T>(stream, p, !call.unbounded, call.q, call.q_hat, call.q_inverse_norm);
   if (!status.ok()) return status;
-  status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, false, call.next_tile);
+  status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed, call.next_tile);
   if (!status.ok()) return status;
 
   Rows v = call.v, dout = call.dout;
-  if (p.head_dim % 8 != 0) {
-    status = copy_rows<T>(stream, p, call.v, p.seqlen_k, p.num_heads_kv, call.v_padded);
-    if (!status.ok()) return status;
-    status = copy_rows<T>(stream, p, call.dout, p.seqlen_q, p.num_heads, call.dout_padded);
+  if (p.head_dim % 8 != 0 || listed) {
+    status = copy_rows<T>(stream, p, call.v, p.seqlen_k, p.num_heads_kv, call.v_padded, listed);
     if (!status.ok()) return status;
     v = call.v_padded;
+  }
+  if (p.head_dim % 8 != 0) {
+    status = copy_rows<T>(stream, p, call.dout, p.seqlen_q, p.num_heads, call.dout_padded);
+    if (!status.ok()) return status;
     dout = call.dout_padded;
   }
 
@@ -530,7 +540,7 @@ Status backward(cudaStream_t stream, BackwardCall call) {
     }
   }
   if (is_sm90) {
-    status = launch_backward_sm90(stream, *instance, params, call.next_tile);
+    status = launch_backward_sm90(stream, *instance, params, call.v, call.next_tile);
   } else {
     status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
                              [&](const Instance& instance) {

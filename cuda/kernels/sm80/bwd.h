@@ -360,7 +360,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1) cosine_attn_bwd_sm80(const 
   using L = RowLanes<kLanes>;
   const auto gK = params.k_raw.head<const T>(b, head_kv);
   const auto gdK = params.dk.head<T>(b, head_kv);
-  const int64_t norm_row = (params.k_raw.batch(b) * p.num_heads_kv + head_kv) * p.seqlen_k;
+  const int64_t norm_row = (params.k_hat.batch(b) * p.num_heads_kv + head_kv) * p.seqlen_k;
   // Every lane of a warp takes part in the sums of norm_backward, so the row count is uniform.
   for (int r0 = 0; r0 < kBlockN; r0 += kThreads / kLanes) {
     const int r = r0 + int(threadIdx.x) / kLanes;

@@ -169,14 +169,16 @@ struct BwdKernel {
       const auto load_v = [&] {
         if (leader) {
           shared.v_full.arrive_and_expect(sizeof(shared.v));
-          load(shared.v, params.v_map, shared.v_full, n0, work.head_kv, params.v_batch(b));
+          const bool raw = params.listed && visible.keys == nullptr;
+          load(shared.v, raw ? params.raw_v_map : params.v_map, shared.v_full, n0, work.head_kv,
+               raw ? params.raw_v_batch(b) : params.v_batch(b));
         }
       };
       bool has_keys = false;
       for (const bool all : {false, true}) {
         if (counts.of(all) == 0) continue;
         for (int head = first_head; head < first_head + group(); ++head) {
-          for_each_block(shared.window, begin, end, all, kinds_of(head), [&](int block) {
+          for_each_block(shared.window, counts.first, counts.last, all, kinds_of(head), [&](int block) {
             const int m0 = block * kBlockM;
             shared.q_empty[at.stage].wait(at.parity ^ 1);
             if (leader) {
@@ -511,28 +513,34 @@ struct BwdKernel {
       }
     };
     const auto row_of = [&](int turn) { return turn * kAtOnce + lane / kLanes; };
+    // Keys that are not in a list have been given zeros.
+    const Visible& visible = work.visible;
+    const int end_key = params.listed ? visible.seqlen_k : p.seqlen_k;
     const auto key_of = [&](int turn) { return work.n_block * kBlockN + first + row_of(turn); };
+    int positions[kTurns];
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      positions[turn] = key_of(turn) < end_key ? visible.position(key_of(turn)) : -1;
+    }
 
     const auto gK = params.k_raw.template head<const T>(work.b, work.head_kv);
     const auto gdK = params.dk.template head<T>(work.b, work.head_kv);
     const auto gdV = params.dv.template head<T>(work.b, work.head_kv);
-    const int64_t norm_row = (params.k_raw.batch(work.b) * p.num_heads_kv + work.head_kv) * p.seqlen_k;
+    const int64_t norm_row = (params.k_batch(work.b) * p.num_heads_kv + work.head_kv) * p.seqlen_k;
     ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
     put(keys.dv);
     uint4 raw[kTurns];  // of k
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      const int j = key_of(turn);
-      raw[turn] = j < p.seqlen_k && L::first() < p.head_dim
-                      ? *reinterpret_cast<const uint4*>(gK.row(j) + L::first())
+      raw[turn] = positions[turn] >= 0 && L::first() < p.head_dim
+                      ? *reinterpret_cast<const uint4*>(gK.row(positions[turn]) + L::first())
                       : uint4{0, 0, 0, 0};
     }
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      const int j = key_of(turn);
       float x[L::kElems];
       take(x, row_of(turn));
-      if (j < p.seqlen_k) L::store(gdV.row(j), x, p.head_dim);
+      if (positions[turn] >= 0) L::store(gdV.row(positions[turn]), x, p.head_dim);
     }
     put(keys.dk);
     float a[kTurns][L::kElems], k[kTurns][L::kElems], magnitudes[kTurns], dots[kTurns];
@@ -563,14 +571,14 @@ struct BwdKernel {
     L::norm_backward(a, k, inverse_norms, dots, p.groups, p.head_dim, p.l2norm);
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      if (key_of(turn) < p.seqlen_k) L::store(gdK.row(key_of(turn)), a[turn], p.head_dim);
+      if (positions[turn] >= 0) L::store(gdK.row(positions[turn]), a[turn], p.head_dim);
     }
     ptx::fence_async_shared();
     release(shared.keys_empty);
   }
 
   __device__ void consume(int warpgroup) {
-    const bool has_dead_keys = may_leave_dead_keys(p) || p.kv_lengths.data != nullptr;
+    const bool has_dead_keys = may_leave_dead_keys(p) || p.kv_lengths.data != nullptr || params.listed;
     Ring<1> at_keys;
     Ring<2> at_work;
     Ring<Tile::kStages> at;

@@ -41,6 +41,7 @@ struct FwdTile {
     int m_block;  // or -1: no more
     int b, head, head_kv;
     int q_entry, k_entry, v_entry;  // in their batches
+    const CUtensorMap* v_map;
     float fold;                     // of q^
     BlockCounts counts;
     int first, last;               // both are among [first, last), and the full ones
@@ -97,7 +98,6 @@ struct FwdKernel {
     plan.head_kv = plan.head / (p.num_heads / p.num_heads_kv);
     plan.q_entry = params.q_batch(plan.b);
     plan.k_entry = params.k_batch(plan.b);
-    plan.v_entry = params.v_batch(plan.b);
     plan.fold = p.scale(plan.b, plan.head) * kLog2e;
   }
 
@@ -127,6 +127,9 @@ struct FwdKernel {
         locate(plan, tile);
         plan.visible = Visible(p, plan.b);
         const Visible& visible = plan.visible;
+        const bool raw_v = params.listed && visible.keys == nullptr;
+        plan.v_map = raw_v ? &params.raw_v_map : &params.v_map;
+        plan.v_entry = raw_v ? params.raw_v_batch(plan.b) : params.v_batch(plan.b);
         const int m0 = plan.m_block * kBlockM, m1 = min(m0 + kBlockM, visible.seqlen_q);
         const bool any_row = m0 < m1;
         const auto block_of = [](int key) { return (key + kBlockN - 1) / kBlockN; };
@@ -148,7 +151,11 @@ struct FwdKernel {
       if (plan.by_data) {
         BlockCounts counts;
         counts.add(plan.first, plan.last, [&](int block) { return kind_of(plan, block); });
-        if (lane == 0) plan.counts = counts;
+        if (lane == 0) {
+          plan.counts = counts;
+          plan.first = counts.first;
+          plan.last = counts.last;
+        }
       }
       if (lane == 0) {
         shared.plan_full[at.stage].arrive();
@@ -191,7 +198,7 @@ struct FwdKernel {
           ptx::Mbarrier& v_full = shared.v_full[at_v.stage];
           v_full.arrive_and_expect(sizeof(shared.v[0]));
           for (int c = 0; c < Tile::kChunks; ++c) {
-            ptx::tensor_load(shared.v[at_v.stage][c], params.v_map, v_full, 64 * c, block * kBlockN,
+            ptx::tensor_load(shared.v[at_v.stage][c], *plan.v_map, v_full, 64 * c, block * kBlockN,
                              plan.head_kv, plan.v_entry);
           }
         }
@@ -493,17 +500,20 @@ struct FwdKernel {
       constexpr int kWords = kN / kBlocksPerWord<kN>;
       unsigned words[kWords][1][2];
       int2 ranges[1][2];
+      FragmentAt fragment(m0 + int(threadIdx.x) / 32 % 4 * 16, 0);
       const auto first_key = [&] { return shared.block[at_k.stage] * kBlockN; };
       const auto find_words = [&] {
-        const FragmentAt at(m0 + int(threadIdx.x) / 32 % 4 * 16, first_key());
+        fragment = FragmentAt(m0 + int(threadIdx.x) / 32 % 4 * 16, first_key());
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          find_allowed<kN>(words[w], ranges, p, plan.visible, plan.head, at, w * kBlocksPerWord<kN>);
+          find_allowed<kN>(words[w], p, plan.visible, plan.head, fragment, w * kBlocksPerWord<kN>);
         }
       };
       const auto hide_words = [&] {
 #pragma unroll
-        for (int w = 0; w < kWords; ++w) hide(rows.s, w * kBlocksPerWord<kN>, words[w]);
+        for (int w = 0; w < kWords; ++w) {
+          hide(rows.s, words[w], ranges, fragment, w * kBlocksPerWord<kN>);
+        }
       };
       const auto took_k = [&] {
         release(shared.k_empty[at_k.stage]);
@@ -570,7 +580,7 @@ struct FwdKernel {
       bool started = false;
       if (plan.counts.partial > 0) {
         const Visible& visible = plan.visible;
-        find_ranges(ranges, visible, FragmentAt(m0 + int(threadIdx.x) / 32 % 4 * 16, 0));
+        find_ranges(ranges, visible, fragment);
         const int last = min(m0 + 64, visible.seqlen_q) - 1;
         if (m0 <= last) {
           seen = {visible.first_key(m0), visible.end_key(last)};

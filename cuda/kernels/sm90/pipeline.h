@@ -2,6 +2,7 @@
 // the walk over blocks by kind.
 #pragma once
 
+#include <climits>
 #include <type_traits>
 
 #include "kernels/visible.h"
@@ -53,9 +54,10 @@ __device__ inline void pin(float (&x)[kM][4]) {
   }
 }
 
-// How many blocks hold forbidden and allowed pairs, and how many allowed ones alone.
+// How many blocks hold forbidden and allowed pairs, how many allowed ones alone, and between which they are.
 struct BlockCounts {
   int partial = 0, full = 0;
+  int first = INT_MAX, last = 0;  // [first, last)
 
   // Those of begin ... end - 1, by a warp.
   template <class KindOf>
@@ -65,6 +67,10 @@ struct BlockCounts {
       const BlockKind kind = block < end ? kind_of(block) : BlockKind{false, false};
       partial += __popc(__ballot_sync(0xffffffff, kind.any && !kind.all));
       full += __popc(__ballot_sync(0xffffffff, kind.all));
+      if (const unsigned some = __ballot_sync(0xffffffff, kind.any)) {
+        this->first = min(this->first, first + __ffs(some) - 1);
+        last = max(last, first + 32 - __clz(some));
+      }
     }
   }
   __device__ int of(bool all) const { return all ? full : partial; }
