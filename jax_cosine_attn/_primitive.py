@@ -3,7 +3,7 @@
 Operands are the fields of `Operands` that are present, in order; the backward adds out, lse,
 lse_low, dout and, with `has_dlse`, dlse. The parameter `fields` names those present. An
 implementation is chosen when the call is lowered for a platform, so one traced function serves all
-of them.
+of them. The parameter `body` is the same call once more, as XLA's partitioner may cut it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
-from jax.sharding import AbstractMesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_cosine_attn import _ffi
 from jax_cosine_attn._blockwise import blockwise_bwd, blockwise_fwd
 from jax_cosine_attn._config import FIELDS, Config, Operands, shapes
+from jax_cosine_attn._partition import NO_MESH, partitioned
 
 cosine_attn_fwd_p = Primitive("cosine_attn_fwd")
 cosine_attn_fwd_p.multiple_results = True
@@ -34,7 +35,7 @@ def fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]
     """(out, lse, lse_low): out in q's layout and dtype, lse [B, N, T], and what rounding took from
     it, 0 in dead rows."""
     fields, operands = _present(ops)
-    out, lse, lse_low = cosine_attn_fwd_p.bind(*operands, config=config, fields=fields)
+    out, lse, lse_low = _bind(cosine_attn_fwd_p, *operands, config=config, fields=fields)
     return out, lse, lse_low
 
 
@@ -51,7 +52,8 @@ def bwd(
     """(dq, dk, dv, and the gradient of each operand named in wanted, in that operand's shape)."""
     fields, operands = _present(ops)
     return tuple(
-        cosine_attn_bwd_p.bind(
+        _bind(
+            cosine_attn_bwd_p,
             *operands,
             out,
             lse,
@@ -72,15 +74,35 @@ def _present(ops: Operands) -> tuple[tuple[str, ...], list[jax.Array]]:
     return fields, [getattr(ops, name) for name in fields]
 
 
+def _bind(primitive: Primitive, *operands: jax.Array, **params: Any) -> list[jax.Array]:
+    body = None
+    if not jax.sharding.get_abstract_mesh().manual_axes:  # inside shard_map the cut is made
+        avals = tuple(ShapedArray(jnp.shape(x), jax.typeof(x).dtype) for x in operands)
+        body = _body(primitive, avals, tuple(params.items()))
+    return primitive.bind(*operands, body=body, **params)
+
+
+@functools.lru_cache(maxsize=1024)
+def _body(
+    primitive: Primitive, avals: tuple[ShapedArray, ...], params: tuple[tuple[str, Any], ...]
+) -> ClosedJaxpr:
+    ops = Operands(**dict(zip(dict(params)["fields"], avals, strict=False)))
+    bind = functools.partial(primitive.bind, body=None)
+    # A parameter and no primitive of its own: neither vmap nor grad know a custom_partitioning.
+    with jax.sharding.use_abstract_mesh(NO_MESH):
+        return jax.make_jaxpr(partitioned(bind, ops, **dict(params)))(*avals)
+
+
 # Evaluation outside jit: a compiled program per static description, with jit disabled too.
 
 
 def _register_impl(primitive: Primitive, static: tuple[str, ...]) -> None:
     @functools.partial(jax.jit, static_argnames=static)
     def compiled(*operands: jax.Array, **params: Any) -> Sequence[jax.Array]:
-        return primitive.bind(*operands, **params)
+        return _bind(primitive, *operands, **params)
 
-    def impl(*operands: jax.Array, **params: Any) -> Sequence[jax.Array]:
+    def impl(*operands: jax.Array, body: Any, **params: Any) -> Sequence[jax.Array]:
+        del body
         with jax.disable_jit(False):
             return compiled(*operands, **params)
 
@@ -95,23 +117,36 @@ _register_impl(cosine_attn_bwd_p, ("config", "fields", "wanted", "grad_batch", "
 # value varies over under shard_map and the sharding under an explicit mesh.
 
 
-def _aval(like: Any, axes: Sequence[int], batch: int, dtype: Any) -> Any:
+def _aval(like: Any, axes: Sequence[int], batch: int, dtype: Any, batch_spec: Any) -> Any:
     """The aval of `batch` entries whose axes are those of `like`, sharded like them."""
     shape = (batch, *(like.shape[axis] for axis in axes[1:]))
     spec = [like.sharding.spec[axis] for axis in axes]
     if batch != like.shape[0]:
-        spec[0] = None
+        spec[0] = batch_spec
     sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*spec))
     return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
 
 
+def _batch_spec(ops: Operands, config: Config) -> Any:
+    """How the batch of a call is sharded, vmap's instances merged after it: as q, k or v are."""
+    rows: Sequence[Any] = ops[:3]
+    specs = [
+        x.sharding.spec[0]
+        for x, div in zip(rows, config.div, strict=False)
+        if x.shape[0] > 1 and x.shape[0] * div == config.batch
+    ]
+    return next((spec for spec in specs if spec is not None), None)
+
+
 def _fwd_abstract_eval(
-    *avals: Any, config: Config, fields: tuple[str, ...]
+    *avals: Any, config: Config, fields: tuple[str, ...], body: ClosedJaxpr | None
 ) -> tuple[ShapedArray, ...]:
+    del body
     ops = Operands(**dict(zip(fields, avals, strict=True)))
     lse_axes = (0, 2, 1) if config.layout == "BTNH" else (0, 1, 2)
-    lse = _aval(ops.q, lse_axes, config.batch, ops.scale.dtype)
-    return _aval(ops.q, range(4), config.batch, ops.q.dtype), lse, lse
+    spec = _batch_spec(ops, config)
+    lse = _aval(ops.q, lse_axes, config.batch, ops.scale.dtype, spec)
+    return _aval(ops.q, range(4), config.batch, ops.q.dtype, spec), lse, lse
 
 
 def _bwd_abstract_eval(
@@ -121,12 +156,15 @@ def _bwd_abstract_eval(
     wanted: tuple[str, ...],
     grad_batch: tuple[int, ...],
     has_dlse: bool,
+    body: ClosedJaxpr | None,
 ) -> tuple[ShapedArray, ...]:
-    del has_dlse
+    del has_dlse, body
     ops = Operands(**dict(zip(fields, avals, strict=False)))
     primals, batches = _gradients(ops, config, wanted, grad_batch)
+    spec = _batch_spec(ops, config)
     return tuple(
-        _aval(x, range(x.ndim), batch, x.dtype) for x, batch in zip(primals, batches, strict=True)
+        _aval(x, range(x.ndim), batch, x.dtype, spec if batch == config.batch else None)
+        for x, batch in zip(primals, batches, strict=True)
     )
 
 
@@ -204,14 +242,16 @@ def _lowered_bwd(
 
 
 def _register(primitive: Primitive, fun: Callable, platform: str | None) -> None:
-    rule = mlir.lower_fun(functools.partial(fun, platform=platform), multiple_results=True)
+    local = functools.partial(fun, platform=platform)
 
-    def lower(ctx: Any, *operands: Any, **params: Any) -> Any:
+    def lower(ctx: Any, *operands: Any, body: ClosedJaxpr | None, **params: Any) -> Any:
+        call = functools.partial(local, **params) if body is None else jaxpr_as_fun(body)
         # The body is local to a device. Traced with the caller's mesh it would have to declare how
         # each of its own arrays varies or is sharded; traced without one, it need not know.
         avals = [ShapedArray(aval.shape, aval.dtype) for aval in ctx.avals_in]
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
-            return rule(ctx.replace(avals_in=avals), *operands, **params)
+        with jax.sharding.use_abstract_mesh(NO_MESH):
+            rule = mlir.lower_fun(call, multiple_results=True)
+            return rule(ctx.replace(avals_in=avals), *operands)
 
     mlir.register_lowering(primitive, lower, platform=platform)
 
@@ -267,11 +307,16 @@ def batch(
 
 
 def _batching_rule(
-    primitive: Primitive, operands: Sequence[jax.Array], dims: Sequence[int | None], **params: Any
+    primitive: Primitive,
+    operands: Sequence[jax.Array],
+    dims: Sequence[int | None],
+    body: ClosedJaxpr | None,
+    **params: Any,
 ) -> tuple[list[jax.Array], list[int]]:
+    del body
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
     merged, merged_params = batch(size, dims, operands, params)
-    results = primitive.bind(*merged, **merged_params)
+    results = _bind(primitive, *merged, **merged_params)
     leads: tuple[int, ...] = params.get("grad_batch", ())
     leads = (params["config"].batch,) * (len(results) - len(leads)) + leads
     results = [x.reshape(lead, size, *x.shape[1:]) for x, lead in zip(results, leads, strict=True)]

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -257,8 +258,9 @@ def test_checkpoint_recomputes_the_forward_unless_its_residuals_are_saved(policy
     ops = {name: operand(name) for name in ("query", "key", "value")}
     f = jax.checkpoint(lambda ops: loss(ops, {}, None), policy=policy)
     text = str(jax.make_jaxpr(jax.grad(f))(ops))
-    assert text.count("cosine_attn_fwd[") == forwards
-    assert text.count("cosine_attn_bwd[") == 1
+    # A call holds itself once more, as its body, which has none.
+    assert len(re.findall(r"cosine_attn_fwd\[\s*body=(?!None)", text)) == forwards
+    assert len(re.findall(r"cosine_attn_bwd\[\s*body=(?!None)", text)) == 1
 
 
 @pytest.mark.parametrize("policy", [SAVED, None], ids=["named", "nothing"])

@@ -1,0 +1,279 @@
+"""Sharded inputs under jit: what one device computes, and which collectives it takes."""
+
+import collections
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jax_cosine_attn import cosine_attention, flash_cosine_sim_attention
+
+B, T, S, N, K, H = 4, 8, 8, 8, 4, 8
+COLLECTIVES = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+axis_types = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+implementations = pytest.mark.parametrize(
+    "implementation", ["xla", pytest.param("cuda", marks=pytest.mark.gpu)]
+)
+
+
+def collectives(compiled):
+    """How many of each kind a compiled program has."""
+    found = re.findall(rf"= .*? ({'|'.join(COLLECTIVES)})(?:-start)?\(", compiled.as_text())
+    return dict(collections.Counter(found))
+
+
+def gathers(compiled):
+    return {k: n for k, n in collectives(compiled).items() if k != "all-reduce"}
+
+
+def mesh_of(sizes, names, axis_type=AxisType.Auto):
+    """A mesh of the given sizes, or of one device each where there are too few."""
+    if np.prod(sizes) > len(jax.devices()):
+        sizes = (1,) * len(sizes)
+    return jax.make_mesh(sizes, names, axis_types=(axis_type,) * len(names))
+
+
+def inputs(*names, heads=N, kv_heads=K, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = {
+        "query": (B, T, heads, H),
+        "key": (B, S, kv_heads, H),
+        "value": (B, S, kv_heads, H),
+        "bias": (1, heads, T, S),
+        "relative_bias": (heads, T + S - 1),
+        "row_bias": (B, 1, T, 1),
+    }
+    made = {}
+    for name in ("query", "key", "value", *names):
+        if name == "scale":
+            made[name] = rng.uniform(2, 9, heads).astype(np.float32)
+        elif name == "mask":
+            made[name] = rng.random((B, 1, T, S)) < 0.8
+        elif name == "query_seq_lengths":
+            made[name] = np.array([8, 3, 5, 0], np.int32)
+        elif name == "key_value_seq_lengths":
+            made[name] = np.array([6, 8, 3, 8], np.int32)
+        elif name == "segment_ids":
+            made[name] = rng.integers(0, 2, (B, T), dtype=np.int32)
+        else:
+            made[name] = rng.normal(size=shapes[name]).astype(np.float32)
+    return {name: jnp.asarray(x) for name, x in made.items()}
+
+
+# How "data" and "model" cut each operand; what is not here is on every device.
+SPECS = {
+    "query": ("data", None, "model"),
+    "key": ("data", None, "model"),
+    "value": ("data", None, "model"),
+    "scale": ("model",),
+    "bias": (None, "model"),
+    "relative_bias": ("model",),
+    "mask": ("data",),
+    "query_seq_lengths": ("data",),
+    "key_value_seq_lengths": ("data",),
+    "segment_ids": ("data",),
+}
+
+
+def put(ops, mesh, specs):
+    def sharding(name):
+        spec = (axis if axis in mesh.axis_names else None for axis in specs.get(name, ()))
+        return NamedSharding(mesh, P(*spec))
+
+    return {name: jax.device_put(x, sharding(name)) for name, x in ops.items()}
+
+
+def value_and_grads(ops, **options):
+    """(out, lse) and the gradients of all float operands, for uneven cotangents."""
+    floats = {name: x for name, x in ops.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+
+    def attend(floats):
+        return cosine_attention(
+            **{**ops, **floats}, scale_bound=20.0, precision="highest", return_residual=True,
+            **options,
+        )  # fmt: skip
+
+    def loss(floats):
+        out, lse = attend(floats)
+        return jnp.sin(3 * out).sum() + jnp.sin(jnp.where(lse > -jnp.inf, lse, 0)).sum()
+
+    return attend(floats), jax.grad(loss)(floats)
+
+
+def assert_close(actual, expected, tolerance=2e-5):
+    def check(path, x, y):
+        assert x.shape == y.shape and x.dtype == y.dtype, path
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=str(path))
+
+    jax.tree.map_with_path(check, actual, expected)
+
+
+def run_sharded(f, ops, mesh, specs=SPECS):
+    """(results of f on sharded operands, the compiled program)."""
+    with jax.set_mesh(mesh):
+        ops = put(ops, mesh, specs)
+        compiled = jax.jit(f).lower(ops).compile()
+        return compiled(ops), compiled
+
+
+MESHES = [
+    pytest.param((8,), ("data",), id="dp8"),
+    pytest.param((4,), ("model",), id="tp4"),
+    pytest.param((2, 4), ("data", "model"), id="dp2-tp4"),
+]
+
+
+@pytest.mark.parametrize(("sizes", "names"), MESHES)
+@axis_types
+@implementations
+def test_batch_and_heads_need_no_gather(implementation, axis_type, sizes, names):
+    """The sums of dscale and dbias over the batch are the only collectives."""
+    ops = inputs("scale", "bias", "mask", "query_seq_lengths", "segment_ids")
+    if names == ("data",):
+        ops = {k: jnp.tile(x, (2, *[1] * (x.ndim - 1))) if x.shape[0] == B else x
+               for k, x in ops.items()}  # fmt: skip
+    f = functools.partial(value_and_grads, is_causal=True, implementation=implementation)
+    actual, compiled = run_sharded(f, ops, mesh_of(sizes, names, axis_type))
+    assert gathers(compiled) == {}
+    assert_close(actual, jax.jit(f)(ops))
+    assert actual[0][0].sharding.is_equivalent_to(
+        put(ops, mesh_of(sizes, names), SPECS)["query"].sharding, 4
+    )
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+def test_forward_has_no_collective(is_causal):
+    def f(ops):
+        return cosine_attention(**ops, is_causal=is_causal)
+
+    _, compiled = run_sharded(f, inputs("scale"), mesh_of((2, 4), ("data", "model")))
+    assert collectives(compiled) == {}
+
+
+@implementations
+def test_one_head_of_keys_is_on_every_device(implementation):
+    """dk and dv are added up over the heads' axis."""
+    ops = inputs("relative_bias", kv_heads=1)
+    f = functools.partial(value_and_grads, implementation=implementation)
+    specs = SPECS | {"key": ("data",), "value": ("data",)}
+    actual, compiled = run_sharded(f, ops, mesh_of((2, 4), ("data", "model")), specs)
+    assert gathers(compiled) == {}
+    assert_close(actual, jax.jit(f)(ops))
+
+
+SEQUENCE = {
+    **dict.fromkeys(("query", "key", "value", "segment_ids"), ("data", "cp")),
+    **dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), ("data",)),
+}
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        ((), {}),
+        (("query_seq_lengths",), {}),
+        (("scale", "mask", "bias"), {"is_causal": True}),
+        (("query_seq_lengths",), {"is_causal": True}),
+        (("query_seq_lengths", "key_value_seq_lengths"), {"is_causal": True}),
+        (("segment_ids", "key_value_seq_lengths"), {"is_causal": True, "local_window_size": 3}),
+    ],
+    ids=lambda x: "-".join(x) or "plain",
+)
+@axis_types
+@implementations
+def test_sharded_queries_stay_where_they_are(implementation, axis_type, names, options):
+    """Keys and values are gathered, queries are not, and keys get the sum of their gradients."""
+    ops = inputs(*names)
+    f = functools.partial(value_and_grads, implementation=implementation, **options)
+    mesh = mesh_of((2, 4), ("data", "cp"), axis_type)
+    actual, compiled = run_sharded(f, ops, mesh, SEQUENCE)
+    assert_close(actual, jax.jit(f)(ops))
+    if mesh.size > 1:
+        local_rows = re.findall(rf"all-gather[^\n]*f32\[{B // 2},{T},{N}", compiled.as_text())
+        assert local_rows == []
+        assert actual[0][0].sharding.spec[1] == "cp"
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [(("relative_bias",), {"is_causal": True}), ((), {"local_window_size": (2, 1)})],
+    ids=["relative-bias", "window"],
+)
+def test_queries_whose_place_lengths_cannot_tell_are_gathered(names, options):
+    ops = inputs(*names)
+    f = functools.partial(value_and_grads, implementation="xla", **options)
+    actual, _ = run_sharded(f, ops, mesh_of((2, 4), ("data", "cp")), SEQUENCE)
+    assert_close(actual, jax.jit(f)(ops))
+
+
+def test_axes_that_do_not_divide_are_gathered():
+    """Four heads of keys over eight devices, six entries over four."""
+    ops = {name: jnp.concatenate([x, x[:2]]) for name, x in inputs().items()}
+    f = functools.partial(value_and_grads, implementation="xla")
+    for sizes in ((1, 8), (8, 1)):
+        mesh = mesh_of(sizes, ("data", "model"))
+        specs = {"query": (None, None, "model")}
+        assert_close(run_sharded(f, ops, mesh, specs)[0], jax.jit(f)(ops))
+
+
+@axis_types
+@implementations
+def test_vmap_remat_and_scan(implementation, axis_type):
+    """Layers scanned and checkpointed, instances mapped with operands of their own and shared."""
+    ops = inputs("scale", "key_value_seq_lengths")
+    scales = jnp.stack([ops.pop("scale"), jnp.full(N, 5.0)])
+    ops["query"] = jnp.stack([ops["query"], 2 * ops["query"][::-1]], 1)
+
+    def f(ops, scales):
+        def attend(query, scale):
+            return cosine_attention(
+                query, ops["key"], ops["value"], scale=scale, scale_bound=20.0,
+                key_value_seq_lengths=ops["key_value_seq_lengths"],
+                precision="highest", implementation=implementation,
+            )  # fmt: skip
+
+        @jax.checkpoint
+        def layer(x, scale):
+            return x + jax.vmap(attend, (1, None), 1)(x, scale), None
+
+        def loss(query, scales):
+            return jnp.sin(jax.lax.scan(layer, query, scales)[0]).sum()
+
+        return jax.value_and_grad(loss, (0, 1))(ops["query"], scales)
+
+    expected = jax.jit(f)(ops, scales)
+    mesh = mesh_of((2, 4), ("data", "model"), axis_type)
+    with jax.set_mesh(mesh):
+        specs = SPECS | {"query": ("data", None, None, "model")}
+        ops = put(ops, mesh, specs)
+        scales = jax.device_put(scales, NamedSharding(mesh, P(None, "model")))
+        compiled = jax.jit(f).lower(ops, scales).compile()
+        assert gathers(compiled) == {}
+        assert_close(compiled(ops, scales), expected)
+
+
+def test_mesh_need_not_be_set():
+    """The devices of the inputs are enough, outside jit too."""
+    ops = inputs()
+    mesh = mesh_of((2, 4), ("data", "model"))
+    out = cosine_attention(**put(ops, mesh, SPECS))
+    assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "model")), 4)
+    np.testing.assert_allclose(out, cosine_attention(**ops), rtol=1e-5, atol=1e-6)
+
+
+def test_layout_of_the_original():
+    ops = {name: x.swapaxes(1, 2) for name, x in inputs(kv_heads=N).items()}
+    mesh = mesh_of((2, 4), ("data", "model"))
+
+    def f(ops):
+        q, k, v = (ops[name] for name in ("query", "key", "value"))
+        return flash_cosine_sim_attention(q, k, v, causal=True)
+
+    actual, compiled = run_sharded(f, ops, mesh, dict.fromkeys(ops, ("data", "model")))
+    assert collectives(compiled) == {}
+    np.testing.assert_allclose(actual, f(ops), rtol=1e-5, atol=1e-6)
