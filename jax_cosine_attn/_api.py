@@ -169,12 +169,12 @@ def attend(raw: Operands, static: Static) -> Any:
 
 
 def _cuda_refusal(raw: Operands, static: Static) -> str | None:
-    return why_not_cuda(jax.eval_shape(lambda x: _operands(x, static), raw), static.config)
+    return why_not_cuda(jax.eval_shape(lambda x: operands_of(x, static), raw), static.config)
 
 
 @functools.partial(jax.jit, static_argnames="static")
 def _cosine_attention(raw: Operands, static: Static) -> Any:
-    ops = _operands(raw, static)
+    ops = operands_of(raw, static)
     by_primitive = functools.partial(attention, config=static.config)
     by_formula = functools.partial(reference_attention, config=static.config)
     if static.candidates == ("reference",):
@@ -190,7 +190,7 @@ def _cosine_attention(raw: Operands, static: Static) -> Any:
     return (out, lse) if static.return_residual else out
 
 
-def _operands(raw: Operands, static: Static) -> Operands:
+def operands_of(raw: Operands, static: Static) -> Operands:
     """The operands of the primitives: every one with a batch dim, 1 where the batch shares it."""
     config = static.config
     ops = raw

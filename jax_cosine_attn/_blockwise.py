@@ -367,6 +367,13 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, 
     is_dead = row_sum == 0
     row_sum = jnp.where(is_dead, 1, row_sum)
     shift = row_max[0] if needs_max else bound[..., None]
+    out = _layout((pv / row_sum[..., None]).astype(ops.v.dtype), config)
+    lse, lse_low = log_of_sum(shift, row_sum)
+    return out, jnp.where(is_dead, -jnp.inf, lse), jnp.where(is_dead, 0, lse_low)
+
+
+def log_of_sum(shift: jax.Array, row_sum: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(shift + log(row_sum), what rounding took from it)."""
     # Two-sum (Knuth, TAOCP 2, 4.2.2), and what the logarithm itself rounded off, which is many
     # digits of lse where shift and logarithm nearly cancel: so both are added up once more. Without
     # the barriers XLA takes (shift + x) - shift for x where the shift is a constant.
@@ -376,9 +383,7 @@ def blockwise_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, 
     lse_low = (shift - (lse - from_log)) + (log_sum - from_log)
     lse_low += row_sum * jnp.exp(-log_sum) - 1
     rounded = lax.optimization_barrier(lse + lse_low)
-    lse, lse_low = rounded, lse_low - (rounded - lse)
-    out = _layout((pv / row_sum[..., None]).astype(ops.v.dtype), config)
-    return out, jnp.where(is_dead, -jnp.inf, lse), jnp.where(is_dead, 0, lse_low)
+    return rounded, lse_low - (rounded - lse)
 
 
 def blockwise_bwd(
@@ -416,7 +421,8 @@ def blockwise_bwd(
     dlse = jnp.zeros_like(lse) if dlse is None else jnp.where(is_dead, 0, dlse)
     tensor_grads = [name for name in wanted if name != "scale"]
 
-    has_whole_rows = call.block_k == call.s
+    has_whole_rows = call.block_k == call.s and not config.partial
+    is_centred = "scale" in wanted and not config.partial
 
     def weights(
         block: Block, edge: bool
@@ -458,7 +464,7 @@ def blockwise_bwd(
         dk = dk + call.product("rh,rs->hs", q, ds)
         dv = dv + call.product("rh,rs->hs", g, p)
         row_sums: tuple[jax.Array, ...] = ()
-        if "scale" in wanted:
+        if is_centred:
             ds_sum, mean_qk, *tail = grads
             grads = tuple(tail)
             row_sums = ds_sum + _row_sums(ds), mean_qk + _row_sums(p * qk)
@@ -481,7 +487,7 @@ def blockwise_bwd(
         ("bkhs", zeros(call.batch, call.k_heads, call.h, call.s)),
         ("bkhs", zeros(call.batch, call.k_heads, call.h, call.s)),
     )
-    if "scale" in wanted:
+    if is_centred:
         accumulators += (("bnt", jnp.zeros_like(lse)), ("bnt", jnp.zeros_like(lse)))
     for name in tensor_grads:
         shape = (batch_of[name], *getattr(ops, name).shape[1:])
@@ -505,11 +511,13 @@ def blockwise_bwd(
     if "scale" in batch_of:
         # Each row of ds adds up to its dlse, but for the rounding of out. That moves the row's sum
         # of ds * cosine by as much times its mean cosine, which is taken off again. Where scale is
-        # 0 the products do not tell the mean: nothing is taken off.
-        ds_sum, mean_qk, *grads = grads
-        scale = call.scale[..., None]
-        mean_cosine = mean_qk / jnp.where(scale == 0, 1, scale)
-        rows = jnp.sum(unit_q * dq, axis=3) - (ds_sum - dlse) * mean_cosine
+        # 0 the products do not tell the mean: nothing is taken off. Nor of a part of the keys,
+        # whose sum nobody knows.
+        rows = jnp.sum(unit_q * dq, axis=3)
+        if is_centred:
+            ds_sum, mean_qk, *grads = grads
+            scale = call.scale[..., None]
+            rows -= (ds_sum - dlse) * (mean_qk / jnp.where(scale == 0, 1, scale))
         dscale = call.folded(_sum_in_pairs(rows), batch_of["scale"])
         results.append(dscale.astype(ops.scale.dtype))
     sizes = dict(zip(wanted, grad_batch, strict=True))

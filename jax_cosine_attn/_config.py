@@ -46,6 +46,7 @@ class Config:
     precision: Literal["default", "high", "highest"] = "default"  # of float32 products
     deterministic: bool = False
     implementation: Literal["auto", "cuda", "xla"] = "auto"
+    partial: bool = False  # backward: out and lse are of more keys than these
     div: tuple[int, ...] = (1,) * len(FIELDS)
 
 

@@ -355,7 +355,7 @@ def cuda_bwd(
         jax.ShapeDtypeStruct((*pre_pass[1].shape[:3], config.groups), jnp.float32),  # and of k
         jax.ShapeDtypeStruct((batch, n, _ROW_STATS, padded_t), jnp.float32),
         jax.ShapeDtypeStruct(
-            (batch, n, t if "scale" in wanted else 0, 2), jnp.float32
+            (batch, n, t if "scale" in wanted and not config.partial else 0, 2), jnp.float32
         ),  # sums over keys
         jax.ShapeDtypeStruct(
             (batch, n, _padded(t, _DQ_TILE_ROWS), accum), jnp.float32

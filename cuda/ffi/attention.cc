@@ -447,7 +447,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   check.shape("k_inverse_norm", *k_inverse_norm, ffi::F32, {copies.k_entries, kv, s, groups});
   check.shape("row_stats", *row_stats, ffi::F32, {b, n, kRowStats, padded_t});
   if (!is_absent(*dscale)) {
-    check.shape("row_sums", *row_sums, ffi::F32, {b, n, t, 2});
+    // Absent where other calls hold keys of the same rows.
+    if (!is_absent(*row_sums)) check.shape("row_sums", *row_sums, ffi::F32, {b, n, t, 2});
     check.shape("dscale_partials", *dscale_partials, ffi::F32, {b, n, ceil_div(t, kLeastRowsPerBlock)});
   }
   // Two float32 hold a float64, which JAX does not pass while jax_enable_x64 is off.
@@ -518,7 +519,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .stats = {row_stats->typed_data<float>(), static_cast<int>(padded_t)},
        .dq_accum = dq_accum->untyped_data(),
        .next_tile = next_tile->typed_data<int32_t>(),
-       .row_sums = reinterpret_cast<float2*>(row_sums->typed_data<float>()),
+       .row_sums = is_absent(*row_sums) ? nullptr
+                                        : reinterpret_cast<float2*>(row_sums->typed_data<float>()),
        .dq = rows_of(*dq, heads_first, 1),
        .dk = rows_of(*dk, heads_first, 1),
        .dv = rows_of(*dv, heads_first, 1),

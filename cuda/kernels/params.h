@@ -302,7 +302,7 @@ struct DqParams {
   RowStats stats;
   const void* dq_accum;
   bool tiled;              // it lies in DqTiles
-  const float2* row_sums;  // as above; with dscale
+  const float2* row_sums;  // as above, or null: not centred
   bool log2_units;         // of their S
   const float* dlse;       // [B, N, T] or null
   Rows dq;                 // [B, T, N, H]

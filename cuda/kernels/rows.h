@@ -327,7 +327,7 @@ __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams para
 
 // dq = scale r (a - q^ <q^, a>) with a = dS k^, and the block's part of dscale: <q^, a>, less what rounding
 // put there: dS of a row sums to dlse, and any excess, from delta or lse, has been multiplied by the row's
-// mean cosine.
+// mean cosine. Of a part of a row's keys nobody knows the sum: without row_sums nothing is taken off.
 template <typename T, typename TAccum, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) {
   using L = RowLanes<kLanes>;
@@ -370,13 +370,13 @@ __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) 
   if (params.dscale_partials == nullptr) return;
   __shared__ float row_dots[L::kRowsPerBlock];
   if (L::lane() == 0) {
-    float centred = 0.f;
-    if (live) {
+    float centred = live ? dot : 0.f;
+    // Without a scale no logit tells the mean cosine.
+    if (live && params.row_sums != nullptr && scale != 0.f) {
       const float2 sums = params.row_sums[bh * p.seqlen_q + row];
       const float excess = sums.x - (params.dlse ? params.dlse[bh * p.seqlen_q + row] : 0.f);
-      // Without a scale no logit tells the mean cosine.
       const float mean_logit = params.log2_units ? sums.y * kLn2 : sums.y;
-      centred = scale == 0.f ? dot : dot - excess * (mean_logit / scale);
+      centred = dot - excess * (mean_logit / scale);
     }
     row_dots[threadIdx.x / kLanes] = centred;
   }

@@ -361,7 +361,7 @@ Status clear_sums(cudaStream_t stream, const BackwardCall& call, int64_t dq_rows
     void* data;
     size_t bytes;
   } sums[] = {{call.dq_accum, accum * heads * dq_rows * p.head_dim_padded},
-              {call.dscale == nullptr ? nullptr : call.row_sums, sizeof(float2) * rows},
+              {call.row_sums, sizeof(float2) * rows},
               {call.dbias.data, sizeof(float) * call.dbias_size},
               {call.dbias.wide, sizeof(double) * call.dbias_size},
               {call.drelative_bias.wide, sizeof(double) * call.drelative_bias_size}};
@@ -518,7 +518,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                    .k_inverse_norm = call.k_inverse_norm,
                    .stats = call.stats,
                    .dq_accum = call.dq_accum,
-                   .row_sums = call.dscale == nullptr ? nullptr : call.row_sums,
+                   .row_sums = call.row_sums,
                    .dbias = call.dbias,
                    .drelative_bias = call.drelative_bias,
                    .dk = call.dk,

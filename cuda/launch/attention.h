@@ -53,7 +53,7 @@ struct BackwardCall {
   // Scratch [B, N, T rounded up to whole DqTiles, Hp], float32; float64 with three passes.
   void* dq_accum;
   int* next_tile;                 // scratch, as above
-  float2* row_sums;               // scratch [B, N, T], with dscale
+  float2* row_sums;               // scratch [B, N, T], with dscale of whole rows; or null
   Rows dq, dk, dv;
   float* dscale;                  // [dscale_batch, N] or null
   int dscale_batch;
