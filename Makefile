@@ -24,8 +24,9 @@ PY := $(VENV)/bin/python
 SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda cmake -type f 2>/dev/null)
 SANITIZER ?= compute-sanitizer
 
-.PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode bench-hopper sanitize \
-        lint train clean benchmark benchmark_causal benchmark_forward benchmark_backward \
+.PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode bench-hopper \
+        bench-scaling sanitize lint train clean benchmark benchmark_causal benchmark_forward \
+        benchmark_backward \
         benchmark_forward_causal benchmark_backward_causal
 
 # A development install serves every target, so a lesser one never replaces it.
@@ -77,6 +78,9 @@ bench-hopper: $(DEV)
 	for name in hopper-forward hopper-backward; do \
 	    $(BENCH) --preset $$name --commit $(COMMIT) --json $(RESULTS)/$$name.json || exit 1; \
 	done
+
+bench-scaling: $(DEV)
+	$(PY) benchmarks/bench_scaling.py --commit $(COMMIT) --json $(RESULTS)/scaling.json
 
 benchmark: $(DEV)
 	$(BENCH)

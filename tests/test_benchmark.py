@@ -7,6 +7,8 @@ import os
 import bench_attention
 import bench_decode
 import bench_features
+import bench_scaling
+import jax
 import pytest
 import timing
 from shapes import PRESETS, Shape, Target
@@ -208,3 +210,31 @@ def test_decode_beside_a_copy(tmp_path, capsys):
         assert result["gb_per_s"] == pytest.approx(1e-6 * moved / result["ms"])
     assert row["implementations"]["copy"]["of_copy"] == 1.0
     assert "jax_cosine_attn" in capsys.readouterr().out
+
+
+def test_scaling_over_devices(tmp_path, capsys):
+    file = tmp_path / "scaling.json"
+    lengths = ("--dp-length", "32", "--tp-length", "32", "--ring-lengths", "64")
+    options = ("--decode-lengths", "64", "--heads", "8", "8", "8", "--num-times", "1")
+    counts = [n for n in (1, 4) if n <= len(jax.devices())]
+    devices = ("--devices", *map(str, counts))
+    bench_scaling.main([*lengths, *options, *devices, "--json", str(file)])
+    rows = json.loads(file.read_text())["rows"]
+    assert [(row["devices"], row["case"]) for row in rows] == [
+        (n, case) for n in counts for case in ("dp", "tp", "ring", "decode")
+    ]
+    for row in rows:
+        n, sent = row["devices"], row["bytes_sent"]
+        first = next(r for r in rows if r["case"] == row["case"])
+        scale = 1 if row["case"] == "dp" else n
+        assert row["efficiency"] == pytest.approx(first["ms"] / row["ms"] / scale)
+        kinds = row["collectives"].keys()
+        if row["case"] == "ring":
+            assert kinds == ({"collective-permute"} if n > 1 else set())
+            assert sent == 2 * 64 * 8 * 8 // n * ((n - 1) * 4 + (n * 4 if n > 1 else 0))
+        elif row["case"] == "decode":
+            assert kinds <= {"all-reduce"}
+            assert sent == 2 * (n - 1) * 8 * 9 * 4 // n
+        else:
+            assert not kinds and sent == 0
+    assert "efficiency" in capsys.readouterr().out
