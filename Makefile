@@ -26,8 +26,7 @@ SANITIZER ?= compute-sanitizer
 
 .PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode bench-hopper \
         bench-scaling sanitize lint train clean benchmark benchmark_causal benchmark_forward \
-        benchmark_backward \
-        benchmark_forward_causal benchmark_backward_causal
+        benchmark_backward benchmark_forward_causal benchmark_backward_causal
 
 # A development install serves every target, so a lesser one never replaces it.
 DEV := $(VENV)/installed-dev

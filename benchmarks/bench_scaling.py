@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows.append(row)
             print(
                 f"{case.name:<8}{row['seq_len']:>9}{devices:>9}{timing.ms:>11.3f}"
-                f"{row['efficiency']:>12.2f}{1e-6 * row["bytes_sent"]:>10.3f}"
+                f"{row['efficiency']:>12.2f}{1e-6 * row['bytes_sent']:>10.3f}"
                 f"  {collectives or 'none'}",
                 flush=True,
             )

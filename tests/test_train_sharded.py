@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = "--steps 2 --layers 1 --width 32 --seq-len 32 --batch-size 4".split()
+OPTIONS = ["--steps", "2", "--layers", "1", "--width", "32", "--seq-len", "32", "--batch-size", "4"]
 
 
 @pytest.fixture(scope="module")
