@@ -125,15 +125,22 @@ def run_sharded(f, ops, mesh, specs=SPECS):
         return compiled(ops), compiled
 
 
+def mesh_case(id, sizes, names, axis_type, full=False):
+    marks = pytest.mark.full if full else ()
+    return pytest.param(sizes, names, axis_type, id=f"{id}-{axis_type.name}", marks=marks)
+
+
 MESHES = [
-    pytest.param((8,), ("data",), id="dp8"),
-    pytest.param((4,), ("model",), id="tp4"),
-    pytest.param((2, 4), ("data", "model"), id="dp2-tp4"),
+    mesh_case("dp8", (8,), ("data",), AxisType.Auto),
+    mesh_case("dp8", (8,), ("data",), AxisType.Explicit, full=True),
+    mesh_case("tp4", (4,), ("model",), AxisType.Auto, full=True),
+    mesh_case("tp4", (4,), ("model",), AxisType.Explicit),
+    mesh_case("dp2-tp4", (2, 4), ("data", "model"), AxisType.Auto),
+    mesh_case("dp2-tp4", (2, 4), ("data", "model"), AxisType.Explicit),
 ]
 
 
-@pytest.mark.parametrize(("sizes", "names"), MESHES)
-@axis_types
+@pytest.mark.parametrize(("sizes", "names", "axis_type"), MESHES)
 @implementations
 def test_batch_and_heads_need_no_gather(implementation, axis_type, sizes, names):
     """The sums of dscale and dbias over the batch are the only collectives."""
@@ -180,9 +187,9 @@ SEQUENCE = {
     ("names", "options"),
     [
         ((), {}),
-        (("query_seq_lengths",), {}),
+        pytest.param(*(("query_seq_lengths",), {}), marks=pytest.mark.full),
         (("scale", "mask", "bias"), {"is_causal": True}),
-        (("query_seq_lengths",), {"is_causal": True}),
+        pytest.param(*(("query_seq_lengths",), {"is_causal": True}), marks=pytest.mark.full),
         (("query_seq_lengths", "key_value_seq_lengths"), {"is_causal": True}),
         (("segment_ids", "key_value_seq_lengths"), {"is_causal": True, "local_window_size": 3}),
     ],
@@ -207,6 +214,25 @@ def test_sharded_queries_stay_where_they_are(implementation, axis_type, names, o
         local_rows = re.findall(rf"all-gather[^\n]*f32\[{B // 2},{T},{N}", compiled.as_text())
         assert local_rows == []
         assert actual[0][0].sharding.spec[1] == "cp"
+
+
+def test_collectives_of_sharded_queries():
+    """Keys and values forward; backward one combined sum of their gradients."""
+    if len(jax.devices()) < 8:
+        pytest.skip("collectives of one device are none")
+    mesh = mesh_of((2, 4), ("data", "cp"))
+
+    def attend(ops):
+        return cosine_attention(**ops, is_causal=True)
+
+    def gradients(ops):
+        return jax.grad(lambda ops: attend(ops).sum())(ops)
+
+    _, forward = run_sharded(attend, inputs(), mesh, SEQUENCE)
+    assert collectives(forward) == {"all-gather": 2}
+    _, backward = run_sharded(gradients, inputs(), mesh, SEQUENCE)
+    assert collectives(backward).keys() == {"all-gather", "all-reduce"}
+    assert collectives(backward)["all-gather"] == 2
 
 
 @pytest.mark.parametrize(
