@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = ["--steps", "2", "--layers", "1", "--width", "32", "--seq-len", "32", "--batch-size", "4"]
+OPTIONS = ["--steps=2", "--layers=1", "--width=32", "--seq-len=32", "--batch-size=4"]
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def start(data, mesh, devices, hosts=()):
     """The example with CPU devices, whatever this machine has."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
     command = [sys.executable, "examples/train_sharded.py", f"--data={data}", *OPTIONS]
