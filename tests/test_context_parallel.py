@@ -10,7 +10,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_sharding import assert_close, collectives, mesh_of
 
-from jax_cosine_attn import cosine_attention
+from jax_cosine_attn import cosine_attention, has_cuda_kernels
 from jax_cosine_attn.parallel import (
     kv_sharded_cosine_attention,
     ring_cosine_attention,
@@ -377,3 +377,24 @@ def test_bad_input(change, message):
     )  # fmt: skip
     with pytest.raises(ValueError, match=message):
         f()
+
+
+def test_ring_lowers_to_the_kernels():
+    """Parts of a ring want no sums over a row's keys, which are not all theirs: an empty result."""
+    if not has_cuda_kernels():
+        pytest.skip("needs the compiled kernels")
+    ops = inputs("scale", dtype=jnp.bfloat16)
+
+    def text(devices):
+        mesh = jax.make_mesh((devices,), ("cp",), devices=jax.devices()[:devices])
+        f = functools.partial(
+            ring_cosine_attention, axis_name="cp", mesh=mesh, scale_bound=20.0, is_causal=True
+        )
+        loss = jax.jit(jax.grad(lambda ops: f(**ops).sum()))
+        return loss.trace(ops).lower(lowering_platforms=("cuda",)).as_text()
+
+    counts = [1, 8] if len(jax.devices()) >= 8 else [1]
+    for devices in counts:
+        lowered = text(devices)
+        assert "@jax_cosine_attn_fwd" in lowered and "@jax_cosine_attn_bwd" in lowered
+        assert (f"tensor<{B}x{N}x0x2xf32>" in lowered) == (devices > 1)
