@@ -57,7 +57,7 @@ class _Cut:
         grad_batch: Sequence[int],
         has_dlse: bool,
     ):
-        self.config, self.fields = config, fields
+        self.config = config
         t, n, _, k, _ = shapes(ops, config)
         div = dict(zip(FIELDS, config.div, strict=True))
 
