@@ -250,7 +250,9 @@ def _pre_pass(
         for ids, size in ((ops.q_segments, _CELL_ROWS), (ops.kv_segments, _CELL_COLS))
     ]
     listed = keys != (0,) and not decode and dtype.itemsize == 2
-    k_batch, v_batch = (config.batch if listed else x.shape[0] for x in (ops.k, ops.v))
+    # One list serves all entries, and copies need no more of them than there are.
+    of_call = listed and ops.mask is not None and ops.mask.shape[0] > 1
+    k_batch, v_batch = (config.batch if of_call else x.shape[0] for x in (ops.k, ops.v))
     copies_v = listed or row != h
     return [
         jax.ShapeDtypeStruct((config.batch, n, 0 if decode else t, row), dtype),

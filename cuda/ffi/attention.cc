@@ -201,7 +201,7 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
     check.shape("mask_cells", mask_cells, ffi::U8,
                 {d[0], d[1], ceil_div(d[2], kCellRows), ceil_div(d[3], kCellCols)});
     if (!is_absent(mask_keys)) {
-      check.require(d[1] == 1 && d[2] == 1 && is_absent(bias) && is_absent(relative_bias) &&
+      check.require(d[1] == 1 && d[2] == 1 && d[3] == s && is_absent(bias) && is_absent(relative_bias) &&
                         is_absent(q_segments),
                     "a list of keys for mask " + shape_text(mask));
       check.shape("mask_keys", mask_keys, ffi::S32, {d[0], ceil_div(d[3], kCellCols) + 1 + d[3]});
@@ -312,7 +312,7 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
   return in;
 }
 
-// Entries of k^ and of copies of v: those of k and v, or of the call where copies hold listed keys alone.
+// Entries of k^ and of copies of v: those of k and v, or of the call where entries have their own lists of keys.
 struct KeyCopies {
   bool of_v;
   int64_t k_entries, v_entries, k_div, v_div;
@@ -322,10 +322,11 @@ struct KeyCopies {
     const Problem& p = in.problem;
     const bool listed = p.mask.keys != nullptr && in.dtype != ffi::F32 && !decode;
     of_v = p.head_dim % 8 != 0 || listed;
-    k_entries = listed ? p.batch : k.dimensions()[0];
-    v_entries = listed ? p.batch : v.dimensions()[0];
-    k_div = listed ? 1 : div[kK];
-    v_div = listed ? 1 : div[kV];
+    const bool of_call = listed && p.mask.batch.size > 1;
+    k_entries = of_call ? p.batch : k.dimensions()[0];
+    v_entries = of_call ? p.batch : v.dimensions()[0];
+    k_div = of_call ? 1 : div[kK];
+    v_div = of_call ? 1 : div[kV];
   }
 };
 

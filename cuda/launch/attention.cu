@@ -234,7 +234,7 @@ Status launch_persistent(cudaStream_t stream, const Instance& instance, const Pa
   int device = 0, multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (tiles > INT_MAX) {
+  if (tiles > INT_MAX - 2 * multiprocessors) {
     return {describe(instance.direction, instance.arithmetic, params.problem) + ": too many tiles"};
   }
   return launch(stream, instance, params, std::min<int64_t>(tiles, multiprocessors), early);

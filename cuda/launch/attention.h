@@ -1,4 +1,4 @@
-// Entry points of the portable family: what the FFI handlers call.
+// Entry points: what the FFI handlers call.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -22,7 +22,7 @@ struct ForwardCall {
   float shift;                    // c of P = exp(S - c); unused where unbounded
   Rows q, k, v;                   // raw
   // Scratch [B, N, T, Hp], [Bk, K, S, Hp] and [Bv, K, S, Hp], the last used when H is not a multiple of 8.
-  // With a list of keys Bk and Bv are B, and v_padded may be used for every H.
+  // With a list of keys v_padded may be used for every H, and with one for each entry Bk and Bv are B.
   Rows q_hat, k_hat, v_padded;
   Rows out;
   float* lse;

@@ -47,8 +47,11 @@ std::span<const Instance> instances() {
   static const std::vector<Instance> table = [] {
     std::vector<Instance> rows;
     for (const InstanceRow& row :
-         {sm90_fwd_float16(), sm90_fwd_bfloat16(), sm90_fwd_float16_bfloat16(),
+         {
+#ifdef JAX_COSINE_ATTN_SM90A
+          sm90_fwd_float16(), sm90_fwd_bfloat16(), sm90_fwd_float16_bfloat16(),
           sm90_bwd_float16(), sm90_bwd_bfloat16(),
+#endif
           sm80_fwd_float16(), sm80_fwd_bfloat16(), sm80_fwd_float16_bfloat16(), sm80_fwd_tf32(),
           sm80_fwd_3xtf32(),
           sm80_fwd_float16_unbounded(), sm80_fwd_bfloat16_unbounded(),
@@ -86,7 +89,7 @@ bool runs(const Instance& instance, int head_dim) {
   cudaFuncAttributes attributes{};
   return head_dim % 8 == 0 &&  // tensor maps want rows of a multiple of 16 bytes
          cudaFuncGetAttributes(&attributes, instance.kernel) == cudaSuccess &&
-         attributes.binaryVersion == 90;
+         attributes.binaryVersion == 90 && attributes.ptxVersion >= 90;  // no PTX of sm_80
 }
 
 }  // namespace

@@ -195,6 +195,7 @@ struct BwdKernel {
             }
             if (!has_keys) load_v();
             has_keys = true;
+            __syncwarp();
             at.advance();
           });
         }

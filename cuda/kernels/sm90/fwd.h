@@ -151,6 +151,7 @@ struct FwdKernel {
       if (plan.by_data) {
         BlockCounts counts;
         counts.add(plan.first, plan.last, [&](int block) { return kind_of(plan, block); });
+        __syncwarp();
         if (lane == 0) {
           plan.counts = counts;
           plan.first = counts.first;
@@ -202,6 +203,7 @@ struct FwdKernel {
                              plan.head_kv, plan.v_entry);
           }
         }
+        __syncwarp();
         at_v.advance();
       };
       // v is needed one block after k, and waits for its stage no earlier.
@@ -217,6 +219,7 @@ struct FwdKernel {
                              plan.head_kv, plan.k_entry);
           }
         }
+        __syncwarp();
         at_k.advance();
         if (previous >= 0) load_v(previous);
         previous = block;
@@ -238,6 +241,7 @@ struct FwdKernel {
         }
       }
       if (previous >= 0) load_v(previous);
+      release(shared.plan_empty[at.stage]);
     }
   }
 
@@ -258,11 +262,10 @@ struct FwdKernel {
           }
         }
         ptx::store_commit();
-        shared.plan_empty[at_plan.stage].arrive();
         ptx::store_wait_read();
         shared.q_empty[at.stage].arrive();
       }
-      __syncwarp();
+      release(shared.plan_empty[at_plan.stage]);
     }
     ptx::store_wait();
   }
@@ -568,11 +571,7 @@ struct FwdKernel {
       int2 seen{0, 0}, all{0, 0};
       const auto kind = [&]() -> BlockKind {
         const int n0 = first_key(), n1 = n0 + kBlockN;
-        if (n0 >= seen.y || n1 <= seen.x) return {false, false};
-        if (plan.by_data) {
-          return plan.visible.block(p, plan.head, m0, min(m0 + 64, plan.visible.seqlen_q), n0, n1);
-        }
-        return {true, n0 >= all.x && n1 <= all.y};
+        return {n0 < seen.y && n1 > seen.x, n0 >= all.x && n1 <= all.y};
       };
 
       constexpr std::true_type kPartial;
@@ -590,9 +589,11 @@ struct FwdKernel {
 #pragma unroll 1
       for (int i = plan.counts.partial; i > 0; --i) {
         shared.k_full[at_k.stage].wait(at_k.parity);
-        const BlockKind of_block = kind();
-        if (plan.has_dead_keys || (of_block.any && !(started && of_block.all))) {
-          // All consumers look at v where keys may be dead, and so take every block.
+        // All consumers look at v where keys may be dead, as masks and segments leave them, and so take every
+        // block. Elsewhere a warpgroup that skips one still holds v of the block before.
+        static_assert((kBlockM - 64 + kBlockN - 1) / kBlockN < Tile::kStages);
+        const BlockKind of_block = plan.has_dead_keys ? BlockKind{true, false} : kind();
+        if (of_block.any && !(started && of_block.all)) {
           if (started) {
             step(kPartial);
           } else {
@@ -644,7 +645,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto& shared = aligned_shared<typename Tile::Shared>();
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&params.q_map, &params.k_map, &params.v_map, &params.out_map}) {
+    for (const CUtensorMap* map : {&params.q_map, &params.k_map, &params.v_map, &params.raw_v_map, &params.out_map}) {
       ptx::prefetch_tensor_map(*map);
     }
     for (int i = 0; i < Tile::kQueryStages; ++i) {
@@ -654,7 +655,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     for (int i = 0; i < Tile::kPlans; ++i) {
       shared.plan_full[i].init(1);
-      shared.plan_empty[i].init(1);
+      shared.plan_empty[i].init(2);  // the warps that load and store
     }
     for (int i = 0; i < Tile::kStages; ++i) {
       shared.k_full[i].init(1);
