@@ -312,7 +312,8 @@ Inputs read_inputs(Checker& check, const Operands& operands, int64_t batch,
   return in;
 }
 
-// Entries of k^ and of copies of v: those of k and v, or of the call where entries have their own lists of keys.
+// Entries of k^ and of copies of v: those of k and v, or of the call where its entries have lists of keys of
+// their own.
 struct KeyCopies {
   bool of_v;
   int64_t k_entries, v_entries, k_div, v_div;

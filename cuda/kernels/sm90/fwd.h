@@ -589,8 +589,8 @@ struct FwdKernel {
 #pragma unroll 1
       for (int i = plan.counts.partial; i > 0; --i) {
         shared.k_full[at_k.stage].wait(at_k.parity);
-        // All consumers look at v where keys may be dead, as masks and segments leave them, and so take every
-        // block. Elsewhere a warpgroup that skips one still holds v of the block before.
+        // All consumers look at v where keys may be dead, as masks and segments leave them, and so take
+        // every block. Elsewhere a warpgroup that skips one still holds v of the block before.
         static_assert((kBlockM - 64 + kBlockN - 1) / kBlockN < Tile::kStages);
         const BlockKind of_block = plan.has_dead_keys ? BlockKind{true, false} : kind();
         if (of_block.any && !(started && of_block.all)) {
@@ -645,7 +645,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   auto& shared = aligned_shared<typename Tile::Shared>();
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
-    for (const CUtensorMap* map : {&params.q_map, &params.k_map, &params.v_map, &params.raw_v_map, &params.out_map}) {
+    for (const CUtensorMap* map :
+         {&params.q_map, &params.k_map, &params.v_map, &params.raw_v_map, &params.out_map}) {
       ptx::prefetch_tensor_map(*map);
     }
     for (int i = 0; i < Tile::kQueryStages; ++i) {
