@@ -17,15 +17,6 @@
 
 namespace jca::sm90 {
 
-template <class T>
-__device__ inline float2 unpack(uint32_t pair) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half22float2(reinterpret_cast<const __half2&>(pair));
-  } else {
-    return {__uint_as_float(pair << 16), __uint_as_float(pair & 0xffff0000)};
-  }
-}
-
 // kSums: adds up rows of dS and of P S, for dscale.
 template <class T_, int kHeadDim_, bool kSums_>
 struct BwdTile {
@@ -331,7 +322,7 @@ struct BwdKernel {
           asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(ds) : "r"(weights), "r"(x));
         } else {
           float2 weight{keys.s[n][2 * half], keys.s[n][2 * half + 1]};
-          if constexpr (Tile::kPackedWeights) weight = unpack<T>(weights);
+          if constexpr (Tile::kPackedWeights) weight = sm80::Half16<T>::unpack(weights);
           const float ds0 = weight.x * x0, ds1 = weight.y * x1;
           ds = sm80::Half16<T>::pack(ds0, ds1);
           if constexpr (Tile::kSums) {
@@ -564,7 +555,7 @@ struct BwdKernel {
       const bool live = magnitudes[turn] != 0.f;
 #pragma unroll
       for (int e = 0; e < L::kElems; e += 2) {
-        const float2 pair = unpack<T>(reinterpret_cast<const uint32_t*>(&raw[turn])[e / 2]);
+        const float2 pair = sm80::Half16<T>::unpack(reinterpret_cast<const uint32_t*>(&raw[turn])[e / 2]);
         k[turn][e] = live ? pair.x : 0.f;
         k[turn][e + 1] = live ? pair.y : 0.f;
       }
