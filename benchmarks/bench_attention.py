@@ -365,7 +365,7 @@ def run_target(target: Target, peers: Sequence[str], num_times: int) -> list[dic
     if of_peers and "ms" in rows[0]:
         rows[0]["best_peer_over_ours"] = min(of_peers) / rows[0]["ms"]
     if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability == "9.0":
-        covered = target.direction == "fwd" or shape.head_dim <= 128
+        covered = target.dtype != "float32" and (target.direction == "fwd" or shape.head_dim <= 128)
         wanted = "cuda-sm90" if covered else "cuda-sm80"
         assert rows[0]["family"] == wanted, (target, rows[0]["family"], rows[0]["kernels"])
     return rows
