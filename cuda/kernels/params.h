@@ -212,14 +212,21 @@ struct RowStats {
   }
 };
 
-struct DeltaParams {
+struct QueryParams {
   Problem problem;
-  Rows out, dout;        // [B, T, N, H]
-  const float* lse;      // [B, N, T]
-  const float* lse_low;  // [B, N, T]
-  const float* dlse;     // [B, N, T] or null
-  bool log2_units;       // of S in the kernel that reads stats
+  Rows q, out, dout;      // [., T, N, H]
+  const float* lse;       // [B, N, T]
+  const float* lse_low;   // [B, N, T]
+  const float* dlse;      // [B, N, T] or null
+  bool log2_units;        // of S in the kernel that reads stats
+  Rows q_hat;             // [B, N, T, Hp]
+  float* q_inverse_norm;  // [B, N, T, groups]
   RowStats stats;
+  // What the kernels after add to becomes zero: so many 16 bytes of sums, row_sums or null, next_tile.
+  uint4* sums;
+  int64_t zeros;
+  float2* row_sums;  // [B, N, T]
+  int* next_tile;
 };
 
 struct BwdParams {

@@ -14,6 +14,7 @@
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
 #include "kernels/sm90/pipeline.h"
+#include "ptx/grid.h"
 
 namespace jca::sm90 {
 
@@ -624,6 +625,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     ptx::fence_mbarrier_init();
   }
+  ptx::wait_for_prerequisite_grids();
   __syncthreads();
   BwdKernel<Tile> kernel{params, params.problem, shared};
   if (warpgroup == 0) {
