@@ -263,9 +263,10 @@ struct BwdTmaParams {
   CUtensorMap q_map, k_map, v_map, raw_v_map, dout_map;
   Problem problem;
   BatchIndex k_batch, v_batch, raw_v_batch;
-  bool listed;  // as in FwdTmaParams
+  bool listed;    // as in FwdTmaParams
+  bool k_is_raw;  // k_map is of k: the kernel turns its rows into k^ itself, where l2norm asks for that
   Rows k_raw;
-  const float* k_inverse_norm;
+  const float* k_inverse_norm;  // unused if k_is_raw
   RowStats stats;
   float* dq_accum;  // in DqTiles
   float2* row_sums;

@@ -425,17 +425,18 @@ Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdPara
   return status_of(cudaGetLastError(), "summing the gradient of a bias");
 }
 
-// The backward on Hopper, for the same as `of`.
-Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& raw_v,
-                            int* next_tile) {
+// The backward on Hopper, for the same as `of`; k, raw or k^, as the kernel reads it.
+Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& k,
+                            const Rows& raw_v, int* next_tile) {
   const Problem& p = of.problem;
   const FloatType type =
       instance.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
   BwdTmaParams params{.problem = p,
-                      .k_batch = of.k_hat.batch,
+                      .k_batch = k.batch,
                       .v_batch = of.v.batch,
                       .raw_v_batch = raw_v.batch,
                       .listed = p.mask.keys != nullptr,
+                      .k_is_raw = k.data == of.k_raw.data,
                       .k_raw = of.k_raw,
                       .k_inverse_norm = of.k_inverse_norm,
                       .stats = of.stats,
@@ -447,7 +448,7 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
                       .next_tile = next_tile};
   const Status status = make_tensor_maps(
       {{&params.q_map, "q^", of.q_hat, type, p.seqlen_q, p.num_heads, instance.block_m},
-       {&params.k_map, "k^", of.k_hat, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.k_map, "k", k, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", of.v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.raw_v_map, "v", raw_v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.dout_map, "dO", of.dout, type, p.seqlen_q, p.num_heads, instance.block_m}},
@@ -473,8 +474,11 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed);
-  if (!status.ok()) return status;
+  const bool k_is_raw = is_sm90 && !listed && (p.groups == 1 || !p.l2norm);
+  if (!k_is_raw) {
+    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed);
+    if (!status.ok()) return status;
+  }
 
   Rows v = call.v, dout = call.dout;
   if (p.head_dim % 8 != 0 || listed) {
@@ -541,7 +545,8 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
     params.dbias = params.drelative_bias = {};
   }
   if (is_sm90) {
-    status = launch_backward_sm90(stream, *instance, params, call.v, call.next_tile);
+    status = launch_backward_sm90(stream, *instance, params, k_is_raw ? call.k : call.k_hat, call.v,
+                                  call.next_tile);
   } else {
     status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
                              [&](const Instance& instance) {
