@@ -375,70 +375,102 @@ __global__ void __launch_bounds__(kRowThreads) query_rows(const QueryParams para
   }
 }
 
+constexpr int kDqRowsEach = 2;  // rows of a thread
+
 // dq = scale r (a - q^ <q^, a>) with a = dS k^, and the block's part of dscale: <q^, a>, less what rounding
 // put there: dS of a row sums to dlse, and any excess, from delta or lse, has been multiplied by the row's
 // mean cosine. Of a part of a row's keys nobody knows the sum: without row_sums nothing is taken off.
 template <typename T, typename TAccum, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) {
   using L = RowLanes<kLanes>;
+  constexpr int kRows = L::kRowsPerBlock * kDqRowsEach;
   const Problem& p = params.problem;
-  const RowBlock at = RowBlock::of_thread<kLanes>(p.seqlen_q, p.num_heads);
-  const bool valid = at.row < p.seqlen_q;
-  const int row = valid ? at.row : 0;
+  const RowBlock at = RowBlock::of_thread<kLanes, kDqRowsEach>(p.seqlen_q, p.num_heads);
+  // Rows i and i + 8 are neighbours in a tile.
+  const int thread_row = threadIdx.x / kLanes, in_block = thread_row / 8 * 16 + thread_row % 8;
+  const int first = at.row - thread_row + in_block;
   const int64_t bh = int64_t(at.b) * p.num_heads + at.head;
-  // A dead row may hold NaN in q.
-  const bool live = valid && params.stats.row(bh, kLse)[row] != INFINITY;
+  const auto row_of = [&](int each) { return first + 8 * each; };
 
-  float a[L::kElems], q[L::kElems];
+  float a[kDqRowsEach][L::kElems], q[kDqRowsEach][L::kElems];
+  typename L::template Packed<T> packed[kDqRowsEach];
+  const float* inverse_norms[kDqRowsEach];
+  int64_t indices[kDqRowsEach];
+  bool lives[kDqRowsEach];
+  const auto raw = params.q_raw.head<T>(at.b, at.head);
+#pragma unroll
+  for (int each = 0; each < kDqRowsEach; ++each) {
+    const bool exists = row_of(each) < p.seqlen_q;
+    const int row = exists ? row_of(each) : 0;
+    indices[each] = bh * p.seqlen_q + row;
+    inverse_norms[each] = params.q_inverse_norm + indices[each] * p.groups;
+    // A dead row may hold NaN in q.
+    lives[each] = exists && params.stats.row(bh, kLse)[row] != INFINITY;
+    packed[each] = L::template load<T>(raw.row(row), p.head_dim, exists);
+  }
   const TAccum* const sums = static_cast<const TAccum*>(params.dq_accum);
   if (params.tiled) {
-    const int in_tile = row % DqTiles::kRows;
-    const TAccum* const tile = sums + DqTiles::before(p, bh, row - in_tile) + L::lane() * DqTiles::kSize;
-    const bool inside = live && L::first() < p.head_dim_padded;
-    struct alignas(2 * sizeof(TAccum)) Pair {
-      TAccum x, y;
+    const int in_tile = first % DqTiles::kRows;
+    const TAccum* const tile =
+        sums + DqTiles::before(p, bh, first - in_tile) + L::lane() * DqTiles::kSize;
+    const bool inside = first < p.seqlen_q && L::first() < p.head_dim_padded;
+    struct alignas(16) Pairs {
+      TAccum x[2][2];  // of both rows
     };
 #pragma unroll
     for (int pair = 0; pair < L::kElems / 2; ++pair) {
       const TAccum* const at = tile + DqTiles::pair(in_tile, pair);
-      const Pair found = inside ? *reinterpret_cast<const Pair*>(at) : Pair{0, 0};
-      a[2 * pair] = found.x;
-      a[2 * pair + 1] = found.y;
+      const Pairs found = inside ? *reinterpret_cast<const Pairs*>(at) : Pairs{};
+#pragma unroll
+      for (int each = 0; each < kDqRowsEach; ++each) {
+        a[each][2 * pair] = found.x[each][0];
+        a[each][2 * pair + 1] = found.x[each][1];
+      }
     }
   } else {
-    L::load(a, sums + (bh * p.seqlen_q + row) * p.head_dim_padded, p.head_dim_padded, live);
-  }
-  L::load(q, params.q_raw.head<T>(at.b, at.head).row(row), p.head_dim, live);
-  const float dot =
-      L::norm_backward(a, q, params.q_inverse_norm + (bh * p.seqlen_q + row) * p.groups, p.groups,
-                       p.head_dim, p.l2norm);
-  const float scale = p.scale(at.b, at.head);
 #pragma unroll
-  for (int e = 0; e < L::kElems; ++e) a[e] = live ? a[e] * scale : 0.f;
-  if (valid) L::store(params.dq.head<T>(at.b, at.head).row(row), a, p.head_dim);
+    for (int each = 0; each < kDqRowsEach; ++each) {
+      L::load(a[each], sums + indices[each] * p.head_dim_padded, p.head_dim_padded, lives[each]);
+    }
+  }
+#pragma unroll
+  for (int each = 0; each < kDqRowsEach; ++each) L::widen(q[each], packed[each]);
+  float dots[kDqRowsEach];
+  L::norm_backward(a, q, inverse_norms, dots, p.groups, p.head_dim, p.l2norm);
+  const float scale = p.scale(at.b, at.head);
+  const auto rows = params.dq.head<T>(at.b, at.head);
+#pragma unroll
+  for (int each = 0; each < kDqRowsEach; ++each) {
+#pragma unroll
+    for (int e = 0; e < L::kElems; ++e) a[each][e] = lives[each] ? a[each][e] * scale : 0.f;
+    if (row_of(each) < p.seqlen_q) L::store(rows.row(row_of(each)), a[each], p.head_dim);
+  }
 
   if (params.dscale_partials == nullptr) return;
-  __shared__ float row_dots[L::kRowsPerBlock];
+  __shared__ float row_dots[kRows];
   if (L::lane() == 0) {
-    float centred = live ? dot : 0.f;
-    // Without a scale no logit tells the mean cosine.
-    if (live && params.row_sums != nullptr && scale != 0.f) {
-      const float2 sums = params.row_sums[bh * p.seqlen_q + row];
-      const float excess = sums.x - (params.dlse ? params.dlse[bh * p.seqlen_q + row] : 0.f);
-      const float mean_logit = params.log2_units ? sums.y * kLn2 : sums.y;
-      centred = dot - excess * (mean_logit / scale);
+#pragma unroll
+    for (int each = 0; each < kDqRowsEach; ++each) {
+      float centred = lives[each] ? dots[each] : 0.f;
+      // Without a scale no logit tells the mean cosine.
+      if (lives[each] && params.row_sums != nullptr && scale != 0.f) {
+        const float2 sums = params.row_sums[indices[each]];
+        const float excess = sums.x - (params.dlse ? params.dlse[indices[each]] : 0.f);
+        const float mean_logit = params.log2_units ? sums.y * kLn2 : sums.y;
+        centred = dots[each] - excess * (mean_logit / scale);
+      }
+      row_dots[in_block + 8 * each] = centred;
     }
-    row_dots[threadIdx.x / kLanes] = centred;
   }
   __syncthreads();
   if (threadIdx.x < 32) {
     float total = 0.f;
-    for (int i = threadIdx.x; i < L::kRowsPerBlock; i += 32) total += row_dots[i];
+    for (int i = threadIdx.x; i < kRows; i += 32) total += row_dots[i];
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(0xffffffff, total, d);
     if (threadIdx.x == 0) {
-      const int blocks = (p.seqlen_q + L::kRowsPerBlock - 1) / L::kRowsPerBlock;
-      params.dscale_partials[bh * blocks + at.row / L::kRowsPerBlock] = total;
+      const int blocks = (p.seqlen_q + kRows - 1) / kRows;
+      params.dscale_partials[bh * blocks + first / kRows] = total;
     }
   }
 }

@@ -571,7 +571,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   const auto finish = [&]<typename Accum>(Accum) {
     return launch_rows<finish_dq<T, Accum, 4>, finish_dq<T, Accum, 8>, finish_dq<T, Accum, 16>,
                        finish_dq<T, Accum, 32>>(stream, "finish_dq", dq, p.batch, p.num_heads,
-                                                p.seqlen_q);
+                                                p.seqlen_q, kDqRowsEach);
   };
   if constexpr (std::is_same_v<T, float>) {
     status = call.arithmetic == Arithmetic::kThreeTf32 ? finish(double{}) : finish(float{});
@@ -581,7 +581,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   if (!status.ok() || call.dscale == nullptr) return status;
   sum_dscale<<<static_cast<unsigned>(call.dscale_batch * p.num_heads), kSumThreads, 0, stream>>>(
       call.dscale_partials, call.dscale, p.batch, call.dscale_batch, p.num_heads,
-      static_cast<int>(row_blocks(p.head_dim, p.seqlen_q)));
+      static_cast<int>(ceil_div(row_blocks(p.head_dim, p.seqlen_q), kDqRowsEach)));
   return status_of(cudaGetLastError(), "sum_dscale");
 }
 
