@@ -352,23 +352,16 @@ Status decode(cudaStream_t stream, const ForwardCall& call) {
   return status_of(cudaLaunchKernelEx(&config, kernel, params), "sum_splits");
 }
 
-// Zeros for what CTAs of the backward add to by atomics; dq_rows: of dq_accum for a head.
-Status clear_sums(cudaStream_t stream, const BackwardCall& call, int64_t dq_rows) {
-  const Problem& p = call.problem;
-  const size_t heads = size_t(p.batch) * p.num_heads, rows = heads * p.seqlen_q;
-  const size_t accum = call.arithmetic == Arithmetic::kThreeTf32 ? sizeof(double) : sizeof(float);
-  const struct {
-    void* data;
-    size_t bytes;
-  } sums[] = {{call.dq_accum, accum * heads * dq_rows * p.head_dim_padded},
-              {call.row_sums, sizeof(float2) * rows},
-              {call.dbias.data, sizeof(float) * call.dbias_size},
-              {call.dbias.wide, sizeof(double) * call.dbias_size},
-              {call.drelative_bias.wide, sizeof(double) * call.drelative_bias_size}};
+// Zeros for the gradients of biases, which CTAs of the backward add to by atomics.
+Status clear_biases(cudaStream_t stream, const BackwardCall& call) {
+  const std::pair<void*, size_t> sums[] = {
+      {call.dbias.data, sizeof(float) * call.dbias_size},
+      {call.dbias.wide, sizeof(double) * call.dbias_size},
+      {call.drelative_bias.wide, sizeof(double) * call.drelative_bias_size}};
   for (const auto& [data, bytes] : sums) {
     if (data == nullptr) continue;
     const Status status =
-        status_of(cudaMemsetAsync(data, 0, bytes, stream), "clearing sums of the backward");
+        status_of(cudaMemsetAsync(data, 0, bytes, stream), "clearing the gradient of a bias");
     if (!status.ok()) return status;
   }
   return {};
@@ -432,17 +425,18 @@ Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdPara
   return status_of(cudaGetLastError(), "summing the gradient of a bias");
 }
 
-// The backward on Hopper, for the same as `of`.
-Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& raw_v,
-                            int* next_tile) {
+// The backward on Hopper, for the same as `of`; k, raw or k^, as the kernel reads it.
+Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& k,
+                            const Rows& raw_v, int* next_tile) {
   const Problem& p = of.problem;
   const FloatType type =
       instance.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
   BwdTmaParams params{.problem = p,
-                      .k_batch = of.k_hat.batch,
+                      .k_batch = k.batch,
                       .v_batch = of.v.batch,
                       .raw_v_batch = raw_v.batch,
                       .listed = p.mask.keys != nullptr,
+                      .k_is_raw = k.data == of.k_raw.data,
                       .k_raw = of.k_raw,
                       .k_inverse_norm = of.k_inverse_norm,
                       .stats = of.stats,
@@ -454,7 +448,7 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
                       .next_tile = next_tile};
   const Status status = make_tensor_maps(
       {{&params.q_map, "q^", of.q_hat, type, p.seqlen_q, p.num_heads, instance.block_m},
-       {&params.k_map, "k^", of.k_hat, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.k_map, "k", k, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", of.v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.raw_v_map, "v", raw_v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.dout_map, "dO", of.dout, type, p.seqlen_q, p.num_heads, instance.block_m}},
@@ -468,7 +462,7 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
   }
   if (of.row_sums != nullptr) instance.kernel = instance.kernel_of_sums;
   return launch_persistent(stream, instance, params,
-                           ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv * p.batch);
+                           ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv * p.batch, true);
 }
 
 template <typename T>
@@ -480,10 +474,11 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  status = normalize_q<T, T>(stream, p, !call.unbounded, call.q, call.q_hat, call.q_inverse_norm);
-  if (!status.ok()) return status;
-  status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed, call.next_tile);
-  if (!status.ok()) return status;
+  const bool k_is_raw = is_sm90 && !listed && (p.groups == 1 || !p.l2norm);
+  if (!k_is_raw) {
+    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed);
+    if (!status.ok()) return status;
+  }
 
   Rows v = call.v, dout = call.dout;
   if (p.head_dim % 8 != 0 || listed) {
@@ -496,18 +491,6 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
     if (!status.ok()) return status;
     dout = call.dout_padded;
   }
-
-  const DeltaParams delta{.problem = p,
-                          .out = call.out,
-                          .dout = call.dout,
-                          .lse = call.lse,
-                          .lse_low = call.lse_low,
-                          .dlse = call.dlse,
-                          .log2_units = !call.unbounded,
-                          .stats = call.stats};
-  status = launch_rows<delta_rows<T, 4>, delta_rows<T, 8>, delta_rows<T, 16>, delta_rows<T, 32>>(
-      stream, "delta_rows", delta, p.batch, p.num_heads, call.stats.seqlen_padded);
-  if (!status.ok()) return status;
 
   BwdParams params{.problem = p,
                    .q_hat = call.q_hat,
@@ -523,14 +506,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                    .drelative_bias = call.drelative_bias,
                    .dk = call.dk,
                    .dv = call.dv};
-  if (call.deterministic) {
-    status = ordered_sums(stream, call, params);
-    params.dq_accum = nullptr;
-    params.row_sums = nullptr;
-    params.dbias = params.drelative_bias = {};
-  } else {
-    status = clear_sums(stream, call, is_sm90 ? DqTiles::padded(p.seqlen_q) : p.seqlen_q);
-  }
+  if (!call.deterministic) status = clear_biases(stream, call);
   if (!status.ok()) return status;
   if (p.mask.keys != nullptr) {  // keys that are not in a list
     for (const Rows& rows : {call.dk, call.dv}) {
@@ -539,8 +515,38 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
       if (!status.ok()) return status;
     }
   }
+  // The pass over queries comes last: what follows it may start early.
+  const int64_t dq_rows = is_sm90 ? DqTiles::padded(p.seqlen_q) : p.seqlen_q;  // of a head
+  const int64_t sums = int64_t(p.batch) * p.num_heads * dq_rows * p.head_dim_padded;
+  const int64_t sum_bytes = call.arithmetic == Arithmetic::kThreeTf32 ? sizeof(double) : sizeof(float);
+  const QueryParams queries{.problem = p,
+                            .q = call.q,
+                            .out = call.out,
+                            .dout = call.dout,
+                            .lse = call.lse,
+                            .lse_low = call.lse_low,
+                            .dlse = call.dlse,
+                            .log2_units = !call.unbounded,
+                            .q_hat = call.q_hat,
+                            .q_inverse_norm = call.q_inverse_norm,
+                            .stats = call.stats,
+                            .sums = static_cast<uint4*>(call.dq_accum),
+                            .zeros = call.deterministic ? 0 : sums * sum_bytes / 16,
+                            .row_sums = call.row_sums,
+                            .next_tile = call.next_tile};
+  status = launch_rows<query_rows<T, 4>, query_rows<T, 8>, query_rows<T, 16>, query_rows<T, 32>>(
+      stream, "query_rows", queries, p.batch, p.num_heads, call.stats.seqlen_padded, kQueryRowsEach);
+  if (!status.ok()) return status;
+  if (call.deterministic) {
+    status = ordered_sums(stream, call, params);
+    if (!status.ok()) return status;
+    params.dq_accum = nullptr;
+    params.row_sums = nullptr;
+    params.dbias = params.drelative_bias = {};
+  }
   if (is_sm90) {
-    status = launch_backward_sm90(stream, *instance, params, call.v, call.next_tile);
+    status = launch_backward_sm90(stream, *instance, params, k_is_raw ? call.k : call.k_hat, call.v,
+                                  call.next_tile);
   } else {
     status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
                              [&](const Instance& instance) {
@@ -565,7 +571,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   const auto finish = [&]<typename Accum>(Accum) {
     return launch_rows<finish_dq<T, Accum, 4>, finish_dq<T, Accum, 8>, finish_dq<T, Accum, 16>,
                        finish_dq<T, Accum, 32>>(stream, "finish_dq", dq, p.batch, p.num_heads,
-                                                p.seqlen_q);
+                                                p.seqlen_q, kDqRowsEach);
   };
   if constexpr (std::is_same_v<T, float>) {
     status = call.arithmetic == Arithmetic::kThreeTf32 ? finish(double{}) : finish(float{});
@@ -575,7 +581,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   if (!status.ok() || call.dscale == nullptr) return status;
   sum_dscale<<<static_cast<unsigned>(call.dscale_batch * p.num_heads), kSumThreads, 0, stream>>>(
       call.dscale_partials, call.dscale, p.batch, call.dscale_batch, p.num_heads,
-      static_cast<int>(row_blocks(p.head_dim, p.seqlen_q)));
+      static_cast<int>(ceil_div(row_blocks(p.head_dim, p.seqlen_q), kDqRowsEach)));
   return status_of(cudaGetLastError(), "sum_dscale");
 }
 

@@ -5,15 +5,18 @@
 // every query head of its group. Products are transposed, S^T = k^ q^T and dP^T = v dO^T, so that P^T and
 // dS^T are operands in registers of dv += P^T dO and dk^ += dS^T q^. dS^T also goes through shared memory,
 // where both warpgroups read all of it for dQ = dS k^, each for a half; dQ leaves as float32 reductions.
-// One producer warp brings q^ and dO with the rows' numbers into rings of tiles. CTAs are persistent and take
-// tiles of keys from a counter. First come the blocks in which some pair is forbidden: hiding it takes
-// branches, beside which no product may be in flight (ptxas serialises such, note C7514). In the others exp
-// runs beside the product of dP, and dS beside that of dv.
+// One producer warp brings q^ and dO with the rows' numbers into rings of tiles. Keys are read once; with one
+// norm each the consumers make them unit rows themselves. CTAs are persistent and take tiles of keys from a
+// counter. First come the blocks in which some pair is forbidden: hiding it takes branches, beside which no
+// product may be in flight (ptxas serialises such, note C7514). In the others exp runs beside the product of
+// dP, and dS beside that of dv.
 #pragma once
 
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
+#include "kernels/sm90/norm.h"
 #include "kernels/sm90/pipeline.h"
+#include "ptx/grid.h"
 
 namespace jca::sm90 {
 
@@ -55,6 +58,7 @@ struct BwdTile {
     T ds[2][kBlockM / 64][kBlockN][64];  // dS^T of this step and the last
     alignas(16) float lse[kStages][kBlockM];
     alignas(16) float delta[kStages][kBlockM];
+    float k_inverse_norm[kBlockN];  // of raw k
     ptx::Mbarrier k_full, v_full, keys_empty;
     ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
     ptx::Mbarrier ds_full;
@@ -539,7 +543,10 @@ struct BwdKernel {
     const float* inverse_norms[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      inverse_norms[turn] = params.k_inverse_norm + (norm_row + min(key_of(turn), p.seqlen_k - 1)) * p.groups;
+      inverse_norms[turn] =
+          params.k_is_raw
+              ? shared.k_inverse_norm + first + row_of(turn)
+              : params.k_inverse_norm + (norm_row + min(key_of(turn), p.seqlen_k - 1)) * p.groups;
       take(a[turn], row_of(turn));
       magnitudes[turn] = 0.f;
 #pragma unroll
@@ -585,6 +592,11 @@ struct BwdKernel {
 #pragma unroll
         for (int e = 0; e < 4; ++e) keys.dk[n][e] = keys.dv[n][e] = 0.f;
       }
+      if (params.k_is_raw && p.l2norm) {
+        normalize_tile(shared.k, shared.k_inverse_norm, warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16);
+        ptx::fence_async_shared();
+        ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
+      }
       shared.v_full.wait(at_keys.parity);
       // Every key is seen in a full block.
       if (has_dead_keys && work.counts.partial > 0 && work.counts.full == 0) clear_dead_keys(work);
@@ -624,6 +636,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     ptx::fence_mbarrier_init();
   }
+  ptx::wait_for_prerequisite_grids();
   __syncthreads();
   BwdKernel<Tile> kernel{params, params.problem, shared};
   if (warpgroup == 0) {
