@@ -11,7 +11,7 @@ VENV ?= .venv
 CUDA ?= 13
 TESTS ?= tests
 SMOKE_TESTS ?= test_build.py test_lowering.py test_readme.py test_transforms.py test_validation.py \
-               test_flax_linen.py test_flax_nnx.py
+               test_flax_linen.py test_flax_nnx.py test_sharding.py test_context_parallel.py
 JOBS ?= 2
 RECORD ?= tests/gpu_record.json
 RESULTS ?= benchmarks/results
@@ -25,8 +25,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda cmake -type f 2>/dev/
 SANITIZER ?= compute-sanitizer
 
 .PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode bench-hopper \
-        bench-scaling sanitize lint train clean benchmark benchmark_causal benchmark_forward \
-        benchmark_backward benchmark_forward_causal benchmark_backward_causal
+        bench-scaling bench-cpu sanitize lint train clean benchmark benchmark_causal \
+        benchmark_forward benchmark_backward benchmark_forward_causal benchmark_backward_causal
 
 # A development install serves every target, so a lesser one never replaces it.
 DEV := $(VENV)/installed-dev
@@ -80,6 +80,9 @@ bench-hopper: $(DEV)
 
 bench-scaling: $(DEV)
 	$(PY) benchmarks/bench_scaling.py --commit $(COMMIT) --json $(RESULTS)/scaling.json
+
+bench-cpu: $(DEV)
+	JAX_PLATFORMS=cpu $(PY) benchmarks/bench_cpu.py
 
 benchmark: $(DEV)
 	$(BENCH)
