@@ -508,12 +508,16 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                    .dv = call.dv};
   if (!call.deterministic) status = clear_biases(stream, call);
   if (!status.ok()) return status;
-  if (p.mask.keys != nullptr) {  // keys that are not in a list
+  if (p.mask.keys != nullptr) {
     for (const Rows& rows : {call.dk, call.dv}) {
-      const size_t bytes = sizeof(T) * p.batch * p.num_heads_kv * size_t(p.seqlen_k) * p.head_dim;
-      status = status_of(cudaMemsetAsync(rows.data, 0, bytes, stream), "clearing dk and dv");
-      if (!status.ok()) return status;
+      const bool wide = p.head_dim * sizeof(T) % sizeof(uint4) == 0;
+      const auto kernel = wide ? clear_unlisted<T, uint4> : clear_unlisted<T, T>;
+      const int64_t blocks = int64_t(p.mask.cell_cols()) * p.batch;
+      if (blocks > INT_MAX) return {"clearing dk and dv: too many blocks for one launch"};
+      kernel<<<static_cast<unsigned>(blocks), kCellThreads, 0, stream>>>(p, rows);
     }
+    status = status_of(cudaGetLastError(), "clearing dk and dv");
+    if (!status.ok()) return status;
   }
   // The pass over queries comes last: what follows it may start early.
   const int64_t dq_rows = is_sm90 ? DqTiles::padded(p.seqlen_q) : p.seqlen_q;  // of a head
