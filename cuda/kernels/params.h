@@ -174,7 +174,7 @@ struct FwdTmaParams {
   Problem problem;
   BatchIndex q_batch, k_batch, v_batch, raw_v_batch;
   bool listed;    // k^ and v hold the listed keys alone, v none of a list that is a prefix: raw_v_map serves
-  bool q_is_raw;  // q_map is of q, which the kernel turns into q^ itself
+  bool q_is_raw, k_is_raw;  // the maps are of q and k, not of what a pre-pass made of them
   float* lse;
   float* lse_low;
   float shift, shift_log2;

@@ -29,8 +29,8 @@ struct RowLanes {
     return x;
   }
   // Of several rows together, so that latencies overlap.
-  template <int kRows>
-  __device__ static void sum(float (&x)[kRows]) {
+  template <typename Real, int kRows>
+  __device__ static void sum(Real (&x)[kRows]) {
 #pragma unroll
     for (int d = kLanes / 2; d > 0; d /= 2) {
 #pragma unroll
@@ -189,55 +189,77 @@ __device__ inline float exact_scale(float x) {
   return __int_as_float((254 - min(__float_as_int(x) >> 23, 253)) << 23);
 }
 
-// The elements for which has(e) become those of the unit vector times fold. Returns the inverse norm, 0 of
-// a zero row.
-template <typename Real, class L, class Has>
-__device__ inline float normalize_slice(float (&x)[L::kElems], Real fold, Has has) {
-  const auto sum_squares = [&](float scale) {
-    Real squares = 0;
+// The elements of rows of T for which has(e) become those of the unit vector times fold. inverse_norms: 0 of
+// zero rows.
+template <typename T, typename Real, class L, int kRows, class Has>
+__device__ inline void normalize_slices(float (&x)[kRows][L::kElems], Real fold,
+                                        float (&inverse_norms)[kRows], Has has) {
+  Real squares[kRows];
+  float scale[kRows];
+  const auto sum_squares = [&] {
 #pragma unroll
-    for (int e = 0; e < L::kElems; ++e) {
-      if (has(e)) squares += Real(x[e] * scale) * Real(x[e] * scale);
+    for (int row = 0; row < kRows; ++row) {
+      squares[row] = 0;
+#pragma unroll
+      for (int e = 0; e < L::kElems; ++e) {
+        if (has(e)) squares[row] += Real(x[row][e] * scale[row]) * Real(x[row][e] * scale[row]);
+      }
     }
-    return L::sum(squares);
+    L::sum(squares);
   };
-  float scale = 1.f;
-  Real squares = sum_squares(scale);
-  if (__any_sync(0xffffffff, !squares_are_safe(squares))) {
-    float largest = 0.f;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) scale[row] = 1.f;
+  sum_squares();
+  if constexpr (!std::is_same_v<T, __half>) {  // its squares are safe, or 0
+    bool safe = true;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) safe &= squares_are_safe(squares[row]);
+    if (__any_sync(0xffffffff, !safe)) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        float largest = 0.f;
+#pragma unroll
+        for (int e = 0; e < L::kElems; ++e) {
+          if (has(e)) largest = fmaxf(largest, fabsf(x[row][e]));
+        }
+        scale[row] = exact_scale(L::max(largest));
+      }
+      sum_squares();
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const Real least = Real(kMinNorm) * scale[row];
+    const bool live = squares[row] >= least * least;
+    const Real inverse = rsqrt(squares[row]) * scale[row];
+    const Real factor = live ? inverse * fold : fold / Real(kMinNorm);
 #pragma unroll
     for (int e = 0; e < L::kElems; ++e) {
-      if (has(e)) largest = fmaxf(largest, fabsf(x[e]));
+      if (has(e)) x[row][e] = float(x[row][e] * factor);
     }
-    scale = exact_scale(L::max(largest));
-    squares = sum_squares(scale);
+    inverse_norms[row] = live ? float(inverse) : 0.f;
   }
-  const Real norm = sqrt(squares);
-  const bool live = norm >= kMinNorm * scale;
-  const Real r = 1 / norm;
-#pragma unroll
-  for (int e = 0; e < L::kElems; ++e) {
-    if (has(e)) {
-      x[e] = float(live ? Real(x[e] * scale) * (r * fold) : x[e] * (fold / Real(kMinNorm)));
-    }
-  }
-  return live ? float(r * scale) : 0.f;
 }
 
 // The same for a row, by its slices; keep(g, inverse norm) is told of each.
-template <typename Real, class L, class Keep>
-__device__ inline void normalize_row(float (&x)[L::kElems], Real fold, const Problem& p, bool l2norm,
+template <typename T, typename Real, class L, class Keep>
+__device__ inline void normalize_row(float (&x)[1][L::kElems], Real fold, const Problem& p, bool l2norm,
                                      Keep keep) {
+  const auto normalize = [&](int g, auto has) {
+    float inverse_norm[1];
+    normalize_slices<T, Real, L>(x, fold, inverse_norm, has);
+    keep(g, inverse_norm[0]);
+  };
   if (!l2norm) {
 #pragma unroll
-    for (int e = 0; e < L::kElems; ++e) x[e] = float(x[e] * fold);
+    for (int e = 0; e < L::kElems; ++e) x[0][e] = float(x[0][e] * fold);
   } else if (p.groups == 1) {
-    keep(0, normalize_slice<Real, L>(x, fold, [](int) { return true; }));
+    normalize(0, [](int) { return true; });
   } else {
     const int group_size = p.head_dim / p.groups;
     for (int g = 0; g < p.groups; ++g) {
       const typename L::Slice slice(g, group_size);
-      keep(g, normalize_slice<Real, L>(x, fold, [&](int e) { return slice.has(e); }));
+      normalize(g, [&](int e) { return slice.has(e); });
     }
   }
 }
@@ -291,16 +313,16 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   const int64_t first = (int64_t(at.b) * params.num_heads + at.head) * params.seqlen;
 #pragma unroll
   for (int each = 0; each < kNormRowsEach; ++each) {
-    float x[L::kElems];
-    L::widen(x, packed[each]);
+    float x[1][L::kElems];
+    L::widen(x[0], packed[each]);
     const int row = row_of(each);
     const bool valid = row < written;
-    normalize_row<Real, L>(x, fold, p, params.l2norm, [&](int g, float inverse_norm) {
+    normalize_row<T, Real, L>(x, fold, p, params.l2norm, [&](int g, float inverse_norm) {
       if (params.inverse_norm != nullptr && valid && L::lane() == 0) {
         params.inverse_norm[(first + row) * p.groups + g] = inverse_norm;
       }
     });
-    if (valid) L::store(hats.row(row), x, p.head_dim_padded);
+    if (valid) L::store(hats.row(row), x[0], p.head_dim_padded);
   }
 }
 
@@ -344,12 +366,12 @@ __global__ void __launch_bounds__(kRowThreads) query_rows(const QueryParams para
   for (int each = 0; each < kQueryRowsEach; ++each) {
     const int row = row_of(each);
     const bool valid = row < p.seqlen_q;
-    float x[L::kElems], o[L::kElems], d[L::kElems];
-    L::widen(x, q[each]);
-    normalize_row<Real, L>(x, fold, p, p.l2norm, [&](int g, float inverse_norm) {
+    float x[1][L::kElems], o[L::kElems], d[L::kElems];
+    L::widen(x[0], q[each]);
+    normalize_row<T, Real, L>(x, fold, p, p.l2norm, [&](int g, float inverse_norm) {
       if (valid && L::lane() == 0) params.q_inverse_norm[(first + row) * p.groups + g] = inverse_norm;
     });
-    if (valid) L::store(hats.row(row), x, p.head_dim_padded);
+    if (valid) L::store(hats.row(row), x[0], p.head_dim_padded);
     L::widen(o, out[each]);
     L::widen(d, dout[each]);
     deltas[each] = 0.f;

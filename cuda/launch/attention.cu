@@ -227,25 +227,36 @@ Status make_tensor_maps(std::initializer_list<TensorMap> maps, int head_dim) {
   return {};
 }
 
+int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Launches a kernel whose CTAs take tiles from a counter.
 template <class Params>
 Status launch_persistent(cudaStream_t stream, const Instance& instance, const Params& params, int64_t tiles,
                          bool early = false) {
-  int device = 0, multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (tiles > INT_MAX - 2 * multiprocessors) {
+  const int ctas = multiprocessors();
+  if (tiles > INT_MAX - 2 * ctas) {
     return {describe(instance.direction, instance.arithmetic, params.problem) + ": too many tiles"};
   }
-  return launch(stream, instance, params, std::min<int64_t>(tiles, multiprocessors), early);
+  return launch(stream, instance, params, std::min<int64_t>(tiles, ctas), early);
+}
+
+// Of a kernel that has no other before it.
+__global__ void clear_counter(int* next_tile) {
+  ptx::launch_dependent_grids();
+  *next_tile = 0;
 }
 
 // Whether rows see different keys by position, so that some tiles take longer than others.
 bool has_window(const Problem& p) { return p.left < kUnlimited || p.right < kUnlimited; }
 
-// The forward on Hopper; q, raw or q^, and v as the kernel reads them.
+// The forward on Hopper; q, k, raw or q^, k^, and v as the kernel reads them.
 Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const ForwardCall& call,
-                           const Rows& q, const Rows& v) {
+                           const Rows& q, const Rows& k, const Rows& v) {
   const Problem& p = call.problem;
   const FloatType wide =
       call.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
@@ -253,20 +264,21 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
       call.arithmetic == Arithmetic::kBfloat16 ? FloatType::kBfloat16 : FloatType::kFloat16;
   FwdTmaParams params{.problem = p,
                       .q_batch = q.batch,
-                      .k_batch = call.k_hat.batch,
+                      .k_batch = k.batch,
                       .v_batch = v.batch,
                       .raw_v_batch = call.v.batch,
                       .listed = p.mask.keys != nullptr,
                       .q_is_raw = q.data == call.q.data,
+                      .k_is_raw = k.data == call.k.data,
                       .lse = call.lse,
                       .lse_low = call.lse_low,
                       .shift = call.shift,
                       .shift_log2 = call.shift * kLog2e,
                       .section = 1,
                       .next_tile = call.next_tile};
-  const Status status = make_tensor_maps(
+  Status status = make_tensor_maps(
       {{&params.q_map, "q", q, params.q_is_raw ? wide : hat, p.seqlen_q, p.num_heads, 64},
-       {&params.k_map, "k^", call.k_hat, hat, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.k_map, "k", k, params.k_is_raw ? wide : hat, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.raw_v_map, "v", call.v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.out_map, "out", call.out, wide, p.seqlen_q, p.num_heads, 64}},
@@ -274,8 +286,33 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
   if (!status.ok()) return status;
   // Heads taken together balance the tail, at the price of more keys in use at a time.
   if (has_window(p)) params.section = p.head_dim <= 64 ? 32 : 16;
-  return launch_persistent(stream, instance, params,
-                           ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch, true);
+  const int64_t tiles = ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch;
+  const bool clears = params.k_is_raw && tiles > multiprocessors();
+  if (clears) {
+    clear_counter<<<1, 1, 0, stream>>>(call.next_tile);
+    status = status_of(cudaGetLastError(), "clear_counter");
+    if (!status.ok()) return status;
+  }
+  return launch_persistent(stream, instance, params, tiles, clears || !params.k_is_raw);
+}
+
+// The forward that normalises k for every tile of queries again, where that takes less time than a pass over
+// all keys before it; null elsewhere. It depends on how many tiles see a key, by position. A single wave of
+// short tiles has the time anyhow.
+const Instance* find_raw_instance(const ForwardCall& call) {
+  constexpr int kMostKeys = 1024;
+  const Problem& p = call.problem;
+  const bool one_norm = p.groups == 1 || !p.l2norm, has_data = p.mask.data || p.q_segments.data;
+  if (!one_norm || has_data || call.unbounded || p.seqlen_k > kMostKeys) return nullptr;
+  const Instance* instance =
+      find_instance(Direction::kForward, call.arithmetic, false, p.head_dim, 0, true);
+  if (instance == nullptr) return nullptr;
+  const int64_t blocks = ceil_div(p.seqlen_q, instance->block_m);
+  const int half = p.seqlen_k / 2;
+  const int keys = std::min(p.seqlen_k, std::min(p.left, half) + std::min(p.right, half) + instance->block_m);
+  const int64_t most = p.head_dim <= 64 ? 3 : 5;
+  const bool pays = blocks * (p.num_heads / p.num_heads_kv) * keys <= most * p.seqlen_k;
+  return pays || blocks * p.num_heads * p.batch <= multiprocessors() ? instance : nullptr;
 }
 
 template <typename T, typename THat>
@@ -289,19 +326,28 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
   const bool is_sm90 = instance->family == Family::kSm90;
   const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
   const bool q_is_raw = is_sm90 && (p.groups == 1 || !p.l2norm);
+  const Instance* raw = is_sm90 ? find_raw_instance(call) : nullptr;
+  if (raw != nullptr) instance = raw;
+  // Without norms k serves as it is too, unless k^ has another type.
+  const bool k_is_raw = raw != nullptr || (q_is_raw && !p.l2norm && !listed && std::is_same_v<T, THat>);
   if (!q_is_raw) {
     status = normalize_q<T, THat>(stream, p, !call.unbounded, call.q, call.q_hat, nullptr);
     if (!status.ok()) return status;
   }
-  status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, call.next_tile);
-  if (!status.ok()) return status;
+  if (!k_is_raw) {
+    status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, call.next_tile);
+    if (!status.ok()) return status;
+  }
   Rows v = call.v;
   if (p.head_dim % 8 != 0 || listed) {
     status = copy_rows<T>(stream, p, call.v, p.seqlen_k, p.num_heads_kv, call.v_padded, listed);
     if (!status.ok()) return status;
     v = call.v_padded;
   }
-  if (is_sm90) return launch_forward_sm90(stream, *instance, call, q_is_raw ? call.q : call.q_hat, v);
+  if (is_sm90) {
+    return launch_forward_sm90(stream, *instance, call, q_is_raw ? call.q : call.q_hat,
+                               k_is_raw ? call.k : call.k_hat, v);
+  }
   const FwdParams params{.problem = p,
                          .q_hat = call.q_hat,
                          .k_hat = call.k_hat,

@@ -593,8 +593,9 @@ struct BwdKernel {
         for (int e = 0; e < 4; ++e) keys.dk[n][e] = keys.dv[n][e] = 0.f;
       }
       if (params.k_is_raw && p.l2norm) {
-        normalize_tile(shared.k, shared.k_inverse_norm, warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16);
-        ptx::fence_async_shared();
+        normalize_tile<T, kConsumerThreads>(
+            shared.k, 1.f, true, threadIdx.x - 128,
+            [&](int row, float inverse_norm) { shared.k_inverse_norm[row] = inverse_norm; });
         ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
       }
       shared.v_full.wait(at_keys.parity);

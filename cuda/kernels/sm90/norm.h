@@ -3,48 +3,63 @@
 
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
+#include "ptx/tma.h"
 
 namespace jca::sm90 {
 
-// A row held by lanes l and l + 16.
-template <int kElems_>
-struct TwoLanes {
-  static constexpr int kElems = kElems_;
-  __device__ static float sum(float x) { return x + __shfl_xor_sync(0xffffffff, x, 16); }
-  __device__ static float max(float x) { return fmaxf(x, __shfl_xor_sync(0xffffffff, x, 16)); }
+// Eight lanes that hold a row, 8 elements of each chunk.
+template <int kChunks>
+struct ChunkLanes : RowLanes<8> {
+  static constexpr int kElems = 8 * kChunks;
 };
 
-// The 16 rows of a warp from `first` on become unit rows. Chunks of 8 rows are in different banks, whichever
-// column they are of. Fences are the caller's.
-template <class T, int kChunks, int kRows>
-__device__ inline void normalize_tile(T (&tile)[kChunks][kRows][64], float (&inverse_norms)[kRows],
-                                      int first) {
-  using L = TwoLanes<32 * kChunks>;
-  constexpr int kPieces = L::kElems / 8;  // of 16 bytes
-  const int lane = threadIdx.x % 32, row = first + lane % 16;
-  const auto at = [&](int i) {
-    const int piece = lane / 16 * kPieces + i;
-    return reinterpret_cast<uint4*>(tile[piece / 8][row]) + (piece % 8 ^ row % 8);
+// Rows of T, as raw ones come, become unit rows of THat times fold, or without l2norm the rows themselves times
+// fold; as normalize_rows does it, for one group. kThreads of which this is number `thread` share them out;
+// lanes hold columns in whichever order the swizzle has them, and all of a thread's rows are in flight together.
+// keep(row, inverse norm) is told of each, by the first of its lanes.
+template <class T, int kThreads, class THat, int kChunks, int kRows, class Keep>
+__device__ inline void normalize_tile(THat (&tile)[kChunks][kRows][64], float fold, bool l2norm, int thread,
+                                      Keep keep) {
+  using Lanes = ChunkLanes<kChunks>;
+  constexpr int kRowsApart = kThreads / 8, kEach = kRows / kRowsApart;
+  float x[kEach][Lanes::kElems], inverse_norms[kEach];
+  const auto row_of = [&](int each) { return thread / 8 + each * kRowsApart; };
+  const auto for_eights = [&](auto f) {
+#pragma unroll
+    for (int each = 0; each < kEach; ++each) {
+#pragma unroll
+      for (int c = 0; c < kChunks; ++c) {
+        f(reinterpret_cast<uint4*>(tile[c][row_of(each)])[thread % 8], x[each] + 8 * c);
+      }
+    }
   };
-  float x[L::kElems];
+  for_eights([](const uint4& eight, float* to) {
+    const uint4 pairs = eight;
 #pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    const uint4 piece = *at(i);
-    const uint32_t pairs[] = {piece.x, piece.y, piece.z, piece.w};
+    for (const uint32_t pair : {pairs.x, pairs.y, pairs.z, pairs.w}) {
+      const float2 both = sm80::Half16<T>::unpack(pair);
+      *to++ = both.x;
+      *to++ = both.y;
+    }
+  });
+  if (l2norm) {
+    normalize_slices<T, float, Lanes>(x, fold, inverse_norms, [](int) { return true; });
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const float2 pair = sm80::Half16<T>::unpack(pairs[j]);
-      x[8 * i + 2 * j] = pair.x;
-      x[8 * i + 2 * j + 1] = pair.y;
+    for (int each = 0; each < kEach; ++each) {
+      if (thread % 8 == 0) keep(row_of(each), inverse_norms[each]);
+    }
+  } else {
+#pragma unroll
+    for (int each = 0; each < kEach; ++each) {
+#pragma unroll
+      for (float& element : x[each]) element *= fold;
     }
   }
-  const float inverse_norm = normalize_slice<float, L>(x, 1.f, [](int) { return true; });
-  if (lane < 16) inverse_norms[row] = inverse_norm;
-#pragma unroll
-  for (int i = 0; i < kPieces; ++i) {
-    const auto pack = [&](int j) { return sm80::Half16<T>::pack(x[8 * i + 2 * j], x[8 * i + 2 * j + 1]); };
-    *at(i) = {pack(0), pack(1), pack(2), pack(3)};
-  }
+  for_eights([](uint4& eight, const float* from) {
+    const auto pack = [&](int e) { return sm80::Half16<THat>::pack(from[e], from[e + 1]); };
+    eight = {pack(0), pack(2), pack(4), pack(6)};
+  });
+  ptx::fence_async_shared();
 }
 
 }  // namespace jca::sm90
