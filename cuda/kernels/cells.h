@@ -77,8 +77,8 @@ __global__ void __launch_bounds__(kListThreads) list_keys(const Mask mask) {
   if (threadIdx.x == 0) ranks[words] = total;
 }
 
-// Zeros in the rows of x of keys that are in no list or past the length: the kernels leave them as they are. A
-// CTA takes the 32 keys of a word of the mask. Grid: words * B.
+// Zeros in the rows of x of keys that are in no list or past the length: the kernels leave them as they are.
+// A CTA takes the 32 keys of a word of the mask. Grid: words * B.
 template <typename T, typename Word>
 __global__ void __launch_bounds__(kCellThreads) clear_unlisted(const Problem p, const Rows x) {
   constexpr int kElems = sizeof(Word) / sizeof(T);

@@ -13,10 +13,10 @@ struct ChunkLanes : RowLanes<8> {
   static constexpr int kElems = 8 * kChunks;
 };
 
-// Rows of T, as raw ones come, become unit rows of THat times fold, or without l2norm the rows themselves times
-// fold; as normalize_rows does it, for one group. kThreads of which this is number `thread` share them out;
-// lanes hold columns in whichever order the swizzle has them, and all of a thread's rows are in flight together.
-// keep(row, inverse norm) is told of each, by the first of its lanes.
+// Rows of T, as raw ones come, become unit rows of THat times fold, or without l2norm the rows themselves
+// times fold; as normalize_rows does it, for one group. kThreads of which this is number `thread` share them
+// out; lanes hold columns in whichever order the swizzle has them, and all of a thread's rows are in flight
+// together. keep(row, inverse norm) is told of each, by the first of its lanes.
 template <class T, int kThreads, class THat, int kChunks, int kRows, class Keep>
 __device__ inline void normalize_tile(THat (&tile)[kChunks][kRows][64], float fold, bool l2norm, int thread,
                                       Keep keep) {
