@@ -108,8 +108,8 @@ struct RowLanes {
 
   // d(x) from d(x^), given x, for x^ = x * inverse_norm per group: r (a - x^ <x^, a>). A zero row has
   // inverse norm 0: x^ = x / kMinNorm, and gradient 0; so has a group of one component, whose x^ is
-  // always a sign. In place, of several rows; `dots` become <x^, a> over whole rows.
-  template <int kRows>
+  // always a sign. In place, of several rows; `dots` become <x^, a> over whole rows. kOneGroup: groups is 1.
+  template <bool kOneGroup = false, int kRows>
   __device__ static void norm_backward(float (&a)[kRows][kElems], float (&x)[kRows][kElems],
                                        const float* const (&inverse_norms)[kRows], float (&dots)[kRows],
                                        int groups, int head_dim, bool l2norm) {
@@ -124,9 +124,10 @@ struct RowLanes {
       sum(dots);
       return;
     }
-    const int group_size = head_dim / groups;
-    for (int g = 0; g < groups; ++g) {
+    const int group_size = kOneGroup ? head_dim : head_dim / groups;
+    for (int g = 0; g < (kOneGroup ? 1 : groups); ++g) {
       const Slice slice(g, group_size);
+      const auto has = [&](int e) { return kOneGroup || slice.has(e); };
       float r[kRows], dot[kRows];
 #pragma unroll
       for (int row = 0; row < kRows; ++row) r[row] = inverse_norms[row][g];
@@ -135,7 +136,7 @@ struct RowLanes {
         dot[row] = 0.f;
 #pragma unroll
         for (int e = 0; e < kElems; ++e) {
-          if (slice.has(e)) {
+          if (has(e)) {
             x[row][e] *= r[row] != 0.f ? r[row] : 1.f / kMinNorm;
             dot[row] += x[row][e] * a[row][e];
           }
@@ -148,7 +149,7 @@ struct RowLanes {
         const bool has_gradient = r[row] != 0.f && group_size > 1;
 #pragma unroll
         for (int e = 0; e < kElems; ++e) {
-          if (slice.has(e)) {
+          if (has(e)) {
             a[row][e] = has_gradient ? r[row] * (a[row][e] - x[row][e] * dot[row]) : 0.f;
           }
         }
@@ -160,7 +161,7 @@ struct RowLanes {
   __device__ static float norm_backward(float (&a)[kElems], float (&x)[kElems], const float* inverse_norm,
                                         int groups, int head_dim, bool l2norm) {
     float dots[1];
-    norm_backward<1>(reinterpret_cast<float(&)[1][kElems]>(a), reinterpret_cast<float(&)[1][kElems]>(x),
+    norm_backward<false, 1>(reinterpret_cast<float(&)[1][kElems]>(a), reinterpret_cast<float(&)[1][kElems]>(x),
                      {inverse_norm}, dots, groups, head_dim, l2norm);
     return dots[0];
   }

@@ -508,6 +508,11 @@ struct BwdKernel {
             *reinterpret_cast<const float4*>(at(r, L::first() + 4 * i));
       }
     };
+    const auto store = [&](T* row, const float (&x)[L::kElems]) {
+      const auto pack = [&](int e) { return sm80::Half16<T>::pack(x[e], x[e + 1]); };
+      if (L::first() >= p.head_dim) return;
+      *reinterpret_cast<uint4*>(row + L::first()) = {pack(0), pack(2), pack(4), pack(6)};
+    };
     const auto row_of = [&](int turn) { return turn * kAtOnce + lane / kLanes; };
     // Keys that are not in a list have been given zeros.
     const Visible& visible = work.visible;
@@ -536,7 +541,7 @@ struct BwdKernel {
     for (int turn = 0; turn < kTurns; ++turn) {
       float x[L::kElems];
       take(x, row_of(turn));
-      if (positions[turn] >= 0) L::store(gdV.row(positions[turn]), x, p.head_dim);
+      if (positions[turn] >= 0) store(gdV.row(positions[turn]), x);
     }
     put(keys.dk);
     float a[kTurns][L::kElems], k[kTurns][L::kElems], magnitudes[kTurns], dots[kTurns];
@@ -567,10 +572,14 @@ struct BwdKernel {
         k[turn][e + 1] = live ? pair.y : 0.f;
       }
     }
-    L::norm_backward(a, k, inverse_norms, dots, p.groups, p.head_dim, p.l2norm);
+    if (p.groups == 1) {
+      L::template norm_backward<true>(a, k, inverse_norms, dots, 1, p.head_dim, p.l2norm);
+    } else {
+      L::norm_backward(a, k, inverse_norms, dots, p.groups, p.head_dim, p.l2norm);
+    }
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      if (positions[turn] >= 0) L::store(gdK.row(positions[turn]), a[turn], p.head_dim);
+      if (positions[turn] >= 0) store(gdK.row(positions[turn]), a[turn]);
     }
     ptx::fence_async_shared();
     release(shared.keys_empty);
