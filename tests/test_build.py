@@ -69,14 +69,43 @@ def test_every_instance_is_in_the_compilers_log():
     assert len(compiled) >= len(_cuda.instances()) > 0
 
 
+STATIC_SMEM = 384  # bytes that kernels declare themselves: kStatic in cuda/launch/instances.cc
+
+
+@needs_kernels
+def test_sanitizers_see_every_instance():
+    """`make sanitize` limits the shared memory so that its calls take the instance that they are
+    for, by the rule of find_instance in cuda/launch/instances.cc, here on a Hopper."""
+    import sanitize
+
+    from jax_cosine_attn import _cuda
+
+    def taken(like: dict, head_dim: int, packed_rows: int, smem_bytes: int) -> dict:
+        same = ("direction", "arithmetic", "unbounded")
+        return next(
+            i
+            for i in _cuda.instances()
+            if all(i[x] == like[x] for x in same)
+            and i["head_dim"] >= head_dim
+            and i["block_m"] >= packed_rows
+            and i["smem_bytes"] + STATIC_SMEM <= smem_bytes
+            and (i["family"] == "sm80" or head_dim % 8 == 0)
+        )
+
+    for instance in _cuda.instances():
+        limit = sanitize.shared_memory(instance) or 227 * 1024
+        for name, size, *_ in sanitize.calls(instance):
+            rows = size["n"] // size["k"] * size["t"] if instance["direction"] == "decode" else 0
+            assert taken(instance, size["h"], rows, limit) == instance, (instance, name)
+
+
 @needs_kernels
 def test_every_call_has_a_kernel_in_99_kb():
     """Of shared memory, which is what GPUs of compute capability 8.6 and 8.9 have. Small kernels
     are unbounded, and take bounded calls too."""
     from jax_cosine_attn import _cuda
 
-    static = 384  # bytes that kernels declare themselves: kStatic in cuda/launch/instances.cc
-    fitting = [i for i in _cuda.instances() if i["smem_bytes"] + static <= 99 * 1024]
+    fitting = [i for i in _cuda.instances() if i["smem_bytes"] + STATIC_SMEM <= 99 * 1024]
     keys = {(i["direction"], i["arithmetic"]) for i in _cuda.instances()}
     for direction, arithmetic in sorted(keys):
         mine = [i for i in fitting if (i["direction"], i["arithmetic"]) == (direction, arithmetic)]
