@@ -118,10 +118,6 @@ def why_not_cuda(ops: Operands, config: Config) -> str | None:
         return "the CUDA kernels do not support float64"
     if head_dim > _MAX_HEAD_DIM:
         return f"the CUDA kernels support head dims up to {_MAX_HEAD_DIM}, got H={head_dim}"
-    for name in ("bias", "relative_bias"):
-        x = getattr(ops, name)
-        if x is not None and x.dtype == jnp.float64:
-            return f"the CUDA kernels do not support a float64 {name}"
     return None
 
 
@@ -195,6 +191,8 @@ def _call(
 ) -> Sequence[jax.Array]:
     if ops.relative_bias is not None:
         ops = ops._replace(relative_bias=ops.relative_bias.astype(jnp.float32))
+    if ops.bias is not None and ops.bias.dtype == jnp.float64:
+        ops = ops._replace(bias=ops.bias.astype(jnp.float32))
     window = config.window or (None, None)
     left, right = (_UNLIMITED if side is None else min(side, _UNLIMITED) for side in window)
     if config.is_causal:

@@ -346,6 +346,27 @@ def test_what_decode_takes(kernels, dtype, options, is_split):
     assert found == (4 if is_split else 0)
 
 
+def test_biases_of_float64_are_rounded_on_their_way(kernels):
+    """As numbers of float32 logits; the gradient has the dtype that was given."""
+    with jax.enable_x64(True):
+        biases = {
+            "bias": jax.ShapeDtypeStruct((N, 1, S), jnp.float64),
+            "relative_bias": jax.ShapeDtypeStruct((N, T + S - 1), jnp.float64),
+        }
+        q, k, v = arrays()
+        assert why_not("cuda", q, k, v, **biases) is None
+
+        def loss(biases, q, k, v):
+            out = cosine_attention(q, k, v, **biases, implementation="cuda")
+            return out.astype(jnp.float32).sum()
+
+        text = lowered(jax.grad(loss), biases, q, k, v)
+        assert jax.eval_shape(jax.grad(loss), biases, q, k, v) == biases
+    for target in ("jax_cosine_attn_fwd", "jax_cosine_attn_bwd"):
+        (call,) = calls(text, target)
+        assert signature(call)[0][4:6] == ["1x4x1x7xf32", "1x4x11xf32"]
+
+
 def test_what_the_kernels_do_not_do(kernels):
     """Named by "cuda" and by why_not; the others do it."""
     with jax.enable_x64(True):
