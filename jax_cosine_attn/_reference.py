@@ -72,8 +72,10 @@ def reference_attention(ops: Operands, config: Config) -> tuple[jax.Array, jax.A
     shift = lax.stop_gradient(jnp.max(logits, axis=3, keepdims=True, initial=-jnp.inf))
     p = jnp.exp(logits - jnp.where(live_row, shift, 0))
     row_sum = jnp.where(live_row, p.sum(axis=3, keepdims=True), 1)
-    pv = product("bkgts,bksh->bkgth", p.reshape(config.batch, k_heads, group, t, s), v)
-    out = jnp.where(live_row, pv.reshape(config.batch, n, t, h) / row_sum, 0)
+    # Weights before the product: the gradient of a row with one key, 0, then cancels exactly.
+    p = (p / row_sum).reshape(config.batch, k_heads, group, t, s)
+    out = product("bkgts,bksh->bkgth", p, v).reshape(config.batch, n, t, h)
+    out = jnp.where(live_row, out, 0)
     lse = jnp.where(live_row, shift + jnp.log(row_sum) + scale * mean, -jnp.inf)[..., 0]
     return heads_first(out.astype(ops.v.dtype)), lse
 
