@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from yardstick import check, make_inputs, measured, split
 
-from jax_cosine_attn import _blockwise, cosine_attention
+from jax_cosine_attn import _blockwise, _ffi, cosine_attention, why_not
 from jax_cosine_attn._config import FIELDS, Config, Operands
 from jax_cosine_attn._reference import reference_attention
 
@@ -271,6 +271,29 @@ def test_options_of_16_bit_inputs(implementation, name, dtype):
     check_options(implementation, name, dtype, SMALL)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
+def test_kernels_refuse_nothing(monkeypatch, dtype):
+    """Needs no GPU and no build: every option at every head dim, with or without determinism, and
+    lengths down to 0; calls without a batch axis too."""
+    monkeypatch.setattr(_ffi, "build_problem", lambda: None)
+    monkeypatch.setattr(_ffi, "_device_problem", lambda: None)
+
+    def arrays(z: Sizes) -> list[jax.ShapeDtypeStruct]:
+        shapes = ((z.b, z.t, z.n, z.h), (z.b, z.s, z.k, z.h), (z.b, z.s, z.k, z.h))
+        return [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+    for i, name in enumerate(OPTIONS):
+        options = OPTIONS[name](SMALL, np.random.default_rng(1)) | {"deterministic": i % 2 == 0}
+        assert why_not("cuda", *arrays(SMALL), **options) is None, name
+    for h in range(1, 257):
+        assert why_not("cuda", *arrays(Sizes(2, 3, 5, 4, 2, h)), is_causal=True) is None, h
+    for t, s in itertools.product((0, 1, 16, 17, 100_000), repeat=2):
+        q, k, v = arrays(Sizes(2, t, s, 4, 1, 64))
+        assert why_not("cuda", q, k, v) is None, (t, s)
+        one = [jax.ShapeDtypeStruct(x.shape[1:], dtype) for x in (q, k, v)]
+        assert why_not("cuda", *one, return_residual=True, precision="highest") is None, (t, s)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
 @pytest.mark.parametrize("h", [20, 64])
@@ -417,6 +440,84 @@ def test_key_masks_of_entries_that_share_keys(implementation, h):
 
     seen = mask(np.random.default_rng(2), 3, 1, 1, 70)
     check(implementation, inputs, form="vmap", shared=(1, 2), mask=seen)
+
+
+# Kernels are chosen by dtype and head dim; the others take all alike.
+over_kernels = pytest.mark.parametrize(
+    "implementation, dtype, h",
+    [
+        *itertools.product(("xla", "reference"), (F32,), (20,)),
+        *(
+            pytest.param("cuda", *kernel, marks=pytest.mark.gpu)
+            for kernel in ((F32, 20), (BF16, 20), (F16, 64), (BF16, 64), (BF16, 128))
+        ),
+    ],
+    ids=str,
+)
+
+
+@over_kernels
+@pytest.mark.parametrize("is_causal", [False, True], ids=["all", "causal"])
+def test_key_masks_that_are_prefixes_in_some_entries(implementation, is_causal, h, dtype):
+    """Beside lists, all keys, none, and prefixes that end anywhere in a block of 128."""
+    s, seen = 300, np.zeros((8, 300), bool)
+    for entry, end in ((0, 130), (2, s), (4, 1), (5, 256), (7, 299)):
+        seen[entry, :end] = True
+    rng = np.random.default_rng(3)
+    seen[1] = rng.random(s) < 0.5
+    seen[6] = seen[1] & (np.arange(s) >= 17)  # as a prefix would, but not from the first key on
+    inputs = functools.partial(make_inputs, dtype, b=8, t=70, s=s, n=2, k=1, h=h)
+    check(implementation, inputs, is_causal=is_causal, mask=seen[:, None, None], **learned(2))
+
+
+@over_kernels
+@pytest.mark.parametrize("end", [1, 63, 64, 70, 127, 128])
+def test_dead_keys_right_behind_a_prefix(implementation, end, h, dtype):
+    """They hold NaN, in the block in which the prefix ends. `check` compares all gradients."""
+    inputs = functools.partial(make_inputs, dtype, b=1, t=130, s=200, h=h)
+    check(implementation, inputs, mask=np.arange(200) < end, **learned(2))
+
+
+@over_kernels
+@pytest.mark.parametrize("t", [1, 130])
+def test_dead_keys_of_shared_prefixes(implementation, t, dtype, h):
+    """Under vmap over queries alone one mask, and the NaN behind it, serve all entries."""
+
+    def inputs(seed: int) -> dict[str, np.ndarray]:
+        made = make_inputs(dtype, b=3, t=t, s=200, h=h, seed=seed)
+        for name in ("key", "value"):
+            made[name][:] = made[name][:1]
+        return made
+
+    seen = (np.arange(200) < 70)[None, None, None]
+    check(implementation, inputs, form="vmap", shared=(1, 2), mask=seen)
+
+
+@over_kernels
+def test_more_queries_than_keys(implementation, dtype, h):
+    """Causal: all but the last 128 rows are dead. Gradients are right, and the same again."""
+    inputs = functools.partial(make_inputs, dtype, b=1, t=4096, s=128, n=2, k=1, h=h)
+    check(implementation, inputs, is_causal=True, **learned(2))
+    made = inputs()
+    tensors = tuple(made[x] for x in ("query", "key", "value"))
+    options = {"is_causal": True, "deterministic": True}
+    twice = [
+        measured(
+            implementation, tensors, {"scale": learned(2)["scale"]}, {}, made["dout"],
+            made["dlse"], (*options.items(), ("scale_bound", 10.0)),
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    jax.tree.map(np.testing.assert_array_equal, *twice)
+
+
+@pytest.mark.parametrize("dtype", [BF16], ids=str)
+def test_bias_over_a_large_batch(implementation, dtype):
+    """As AlphaFold's: one matrix for each of many rows of an alignment, and one for each head."""
+    rng, b, t, n = np.random.default_rng(4), 129, 17, 2
+    inputs = functools.partial(make_inputs, dtype, b=b, t=t, s=t, n=n, h=8)
+    check(implementation, inputs, bias=normal(rng, b, 1, t, t))
+    check(implementation, inputs, bias=normal(rng, n, t, t))
 
 
 @pytest.mark.parametrize("beyond", [10.0, -10.0, 12.0])
