@@ -105,7 +105,7 @@ WHICH = {"all": (0, 0, 0), "queries": (0, None, None), "keys": (None, 0, 0)}
 
 
 @pytest.mark.parametrize("which", WHICH)
-@pytest.mark.parametrize("name", ["causal", "mask", "bias", "relative-bias"])
+@pytest.mark.parametrize("name", ["causal", "key-mask", "mask", "bias", "relative-bias"])
 def test_vmap(name, which):
     """Operands that are not mapped, a [T, S] bias among them, are not repeated."""
     attend, arrays = call(CALLS[name])
@@ -115,7 +115,7 @@ def test_vmap(name, which):
 
 
 @pytest.mark.parametrize("which", WHICH)
-@pytest.mark.parametrize("name", ["causal", "mask", "relative-bias"])
+@pytest.mark.parametrize("name", ["causal", "key-mask", "mask", "relative-bias"])
 def test_gradient_of_vmap(name, which):
     attend, arrays = call(CALLS[name])
     axes = (*WHICH[which], None)
