@@ -110,7 +110,7 @@ def test_one_entry_without_a_batch_dim(implementation):
             close(one_lse, lse[b])
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@everywhere
 def test_one_entry_with_every_option(implementation):
     q, k, v = qkv()
     rng = np.random.default_rng(1)
@@ -139,7 +139,7 @@ def test_one_entry_with_every_option(implementation):
 @pytest.mark.parametrize(
     "shape", [(), (S,), (T, 1), (N, 1, 1), (1, 1, T, S), (B, N, T, S), (B, 1, 1, 1)], ids=str
 )
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@everywhere
 def test_bias_gradient_has_the_shape_that_was_given(implementation, shape):
     q, k, v = qkv()
     bias = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.float32)
@@ -225,7 +225,7 @@ def test_argument_order_is_that_of_jax_nn():
     assert ours[:5] == theirs[:5]
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
+@everywhere
 def test_same_as_jax_nn_on_normalised_inputs(implementation):
     q, k, v = qkv()
     mask = jnp.asarray(np.random.default_rng(4).random((B, 1, T, S)) < 0.7).at[..., 0].set(True)

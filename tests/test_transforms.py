@@ -19,13 +19,14 @@ PLAIN = ("query", "key", "value", "scale", "mask", "query_seq_lengths", "key_val
 ALL = (*PLAIN, "bias", "relative_bias", "segment_ids")
 GRADS = ("query", "key", "value", "scale", "bias", "relative_bias")
 
-# Each implementation with the operands that it supports.
+# The kernels without biases and segments, which are others, too.
 implementations = pytest.mark.parametrize(
     ("implementation", "names"),
     [
         pytest.param("xla", ALL, id="xla"),
         pytest.param("reference", ALL, id="reference"),
-        pytest.param("cuda", PLAIN, id="cuda", marks=pytest.mark.gpu),
+        pytest.param("cuda", ALL, id="cuda", marks=pytest.mark.gpu),
+        pytest.param("cuda", PLAIN, id="cuda-plain", marks=pytest.mark.gpu),
     ],
 )
 with_gradient = pytest.mark.parametrize(
@@ -115,15 +116,17 @@ def one_by_one(f, ops, axes, out_axis=0):
     return jax.tree.map(lambda *xs: jnp.stack(xs, out_axis), *results)
 
 
-def test_operands_of_one_call_agree_between_implementations():
-    ops = {name: operand(name) for name in ALL}
-    assert_close(value_and_grads(ops, "xla"), value_and_grads(ops, "reference"))
+@implementations
+def test_operands_of_one_call_agree_between_implementations(implementation, names):
+    ops = {name: operand(name) for name in names}
+    assert_close(value_and_grads(ops, implementation), value_and_grads(ops, "reference"))
 
 
 def case(implementation, mapped_names, others, marks=()):
     name = "all" if len(mapped_names) > 5 else "-".join(mapped_names)
+    beside = "-plain" if PLAIN in (mapped_names, others) else ""
     return pytest.param(
-        implementation, mapped_names, others, id=f"{implementation}-{name}", marks=marks
+        implementation, mapped_names, others, id=f"{implementation}-{name}{beside}", marks=marks
     )
 
 
@@ -131,7 +134,7 @@ ARRAYS = ("query", "key", "value")
 # Each operand mapped alone beside the arrays that every call has, then several among the rest.
 MAPPED = [
     *[case("xla", (name,), ARRAYS) for name in ALL],
-    *[case("cuda", (name,), ARRAYS, pytest.mark.gpu) for name in PLAIN],
+    *[case("cuda", (name,), ARRAYS, pytest.mark.gpu) for name in ALL],
     case("xla", ARRAYS, ALL),
     case("xla", ("query", "mask"), ALL),
     case("xla", ("key", "bias", "query_seq_lengths"), ALL),
@@ -139,9 +142,13 @@ MAPPED = [
     case("xla", (*ARRAYS, "key_value_seq_lengths", "segment_ids"), ALL),
     case("xla", ALL, ()),
     case("reference", ALL, ()),
-    case("cuda", ARRAYS, PLAIN, pytest.mark.gpu),
-    case("cuda", ("key", "query_seq_lengths"), PLAIN, pytest.mark.gpu),
-    case("cuda", PLAIN, (), pytest.mark.gpu),
+    *[
+        case("cuda", names, among, pytest.mark.gpu)
+        for among in (PLAIN, ALL)
+        for names in (ARRAYS, ("key", "query_seq_lengths"), among)
+    ],
+    case("cuda", ("bias", "relative_bias", "scale"), ALL, pytest.mark.gpu),
+    case("cuda", (*ARRAYS, "key_value_seq_lengths", "segment_ids"), ALL, pytest.mark.gpu),
 ]
 
 
