@@ -175,13 +175,15 @@ def test_inside_shard_map(kind, check_vma):
     rows = P(None, "cp") if kind == "ring" else P()
     specs = {"query": rows, "key": P(None, "cp"), "value": P(None, "cp"), "scale": P()}
 
+    options = {"scale_bound": 20.0, "precision": "highest", "return_residual": True}
+
     def local(ops):
-        return attend(**ops, axis_name="cp", scale_bound=20.0, return_residual=True)
+        return attend(**ops, axis_name="cp", **options)
 
     f = jax.shard_map(
         local, mesh=mesh, in_specs=(specs,), out_specs=(rows, rows), check_vma=check_vma
     )
-    expected = run(lambda ops: cosine_attention(**ops, scale_bound=20.0, return_residual=True), ops)
+    expected = run(lambda ops: cosine_attention(**ops, **options), ops)
     assert_close(run(f, ops), expected)
 
 
@@ -189,13 +191,12 @@ def test_ring_in_a_partly_manual_shard_map():
     mesh = mesh_of((2, 4), ("data", "cp"))
     ops = inputs("scale")
     specs = {name: P(None, "cp") for name in ("query", "key", "value")} | {"scale": P()}
+    options = {"scale_bound": 20.0, "precision": "highest", "return_residual": True}
     f = jax.shard_map(
-        lambda ops: ring_cosine_attention(
-            **ops, axis_name="cp", scale_bound=20.0, return_residual=True
-        ),
+        lambda ops: ring_cosine_attention(**ops, axis_name="cp", **options),
         mesh=mesh, in_specs=(specs,), out_specs=P(None, "cp"), axis_names={"cp"},
     )  # fmt: skip
-    expected = run(lambda ops: cosine_attention(**ops, scale_bound=20.0, return_residual=True), ops)
+    expected = run(lambda ops: cosine_attention(**ops, **options), ops)
     with jax.set_mesh(mesh):
         assert_close(run(f, ops), expected)
 

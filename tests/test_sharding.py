@@ -235,22 +235,40 @@ def test_collectives_of_sharded_queries():
     assert collectives(backward)["all-gather"] == 2
 
 
+@axis_types
+@implementations
+def test_batch_heads_and_queries_at_once(implementation, axis_type):
+    """Of keys only what this device's batch and heads need is gathered."""
+    ops = inputs("scale", "mask", "query_seq_lengths", "key_value_seq_lengths", "segment_ids")
+    mesh = mesh_of((2, 2, 2), ("data", "cp", "model"), axis_type)
+    specs = SPECS | dict.fromkeys(("query", "key", "value"), ("data", "cp", "model"))
+    f = functools.partial(value_and_grads, is_causal=True, implementation=implementation)
+    actual, compiled = run_sharded(f, ops, mesh, specs)
+    assert_close(actual, jax.jit(f)(ops))
+    if mesh.size > 1:
+        assert gathers(compiled).keys() == {"all-gather"}
+        gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", compiled.as_text())
+        assert set(gathered) == {f"{B // 2},{S},{K // 2},{H}"}
+
+
 @pytest.mark.parametrize(
     ("names", "options"),
     [(("relative_bias",), {"is_causal": True}), ((), {"local_window_size": (2, 1)})],
     ids=["relative-bias", "window"],
 )
-def test_queries_whose_place_lengths_cannot_tell_are_gathered(names, options):
+@implementations
+def test_queries_whose_place_lengths_cannot_tell_are_gathered(implementation, names, options):
     ops = inputs(*names)
-    f = functools.partial(value_and_grads, implementation="xla", **options)
+    f = functools.partial(value_and_grads, implementation=implementation, **options)
     actual, _ = run_sharded(f, ops, mesh_of((2, 4), ("data", "cp")), SEQUENCE)
     assert_close(actual, jax.jit(f)(ops))
 
 
-def test_axes_that_do_not_divide_are_gathered():
+@implementations
+def test_axes_that_do_not_divide_are_gathered(implementation):
     """Four heads of keys over eight devices, six entries over four."""
     ops = {name: jnp.concatenate([x, x[:2]]) for name, x in inputs().items()}
-    f = functools.partial(value_and_grads, implementation="xla")
+    f = functools.partial(value_and_grads, implementation=implementation)
     for sizes in ((1, 8), (8, 1)):
         mesh = mesh_of(sizes, ("data", "model"))
         specs = {"query": (None, None, "model")}
