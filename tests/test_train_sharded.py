@@ -20,10 +20,10 @@ def data(tmp_path):
     return path
 
 
-def start(data, mesh, devices, hosts=()):
-    """The example with CPU devices, whatever this machine has."""
+def start(data, mesh, devices, hosts=(), platform="cpu"):
+    """The example with so many CPU devices, whatever this machine has, or with its one GPU."""
     environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
+        "JAX_PLATFORMS": platform,
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
@@ -56,3 +56,10 @@ def test_two_processes_train_like_one(data):
             process.kill()
     assert first == pytest.approx(expected, rel=1e-5)
     assert second == []  # one process speaks
+
+
+@pytest.mark.gpu
+def test_one_gpu_trains_like_a_cpu(data):
+    """But for its float32 products, TF32 by default."""
+    expected = losses(start(data, (1, 1, 1), 1))
+    assert losses(start(data, (1, 1, 1), 1, platform="cuda")) == pytest.approx(expected, rel=1e-2)
