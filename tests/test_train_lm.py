@@ -133,7 +133,6 @@ class TestRun:
         train = [r["train"] for r in records(tmp_path) if "train" in r]
         assert train[-1] < train[0] - 1
 
-
     @pytest.mark.gpu
     def test_long_sequences(self, tmp_path, capsys):
         """The model of the preset for them, on the standard library."""
