@@ -36,6 +36,8 @@ import jax_cosine_attn
 
 NUM_HEADS, NUM_HEADS_KV, HEAD_DIM = 32, 8, 128
 COPY = "copy"
+# Asked for: of the copy's rate, with as many keys in all; and to be the fastest everywhere.
+OF_COPY, FROM_KEYS = 0.85, 65_536
 
 
 def cache(shape: Shape) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -95,8 +97,17 @@ def run(shape: Shape, peers: Sequence[str], num_times: int, copied: jax.Array) -
     if OURS in timings:
         kernels = timings[OURS].kernels
         row["family"] = family(OURS, ours, inputs, kernels)
-        if kernels and row["family"] != "xla":
-            assert any("cosine_attn_decode" in kernel for kernel in kernels), kernels
+        if jax.default_backend() == "gpu":
+            assert any("cosine_attn_decode" in kernel for kernel in kernels), (row, kernels)
+        mine = implementations[OURS]
+        slower = (
+            name
+            for name, result in implementations.items()
+            if name not in (COPY, OURS) and result["ms"] <= mine["ms"]
+        )
+        row["missed"] = [f"faster than {name}" for name in slower]
+        if shape.batch * shape.seq_len >= FROM_KEYS and mine["of_copy"] < OF_COPY:
+            row["missed"].append(f"{OF_COPY} of the copy")
     return row | {"implementations": implementations, "problems": problems}
 
 
@@ -110,6 +121,8 @@ def print_row(row: dict[str, Any]) -> None:
         )
     for name, problem in row["problems"].items():
         print(f"{where}{name:<17}{problem}")
+    if row.get("missed"):
+        print(f"{where}missed: {', '.join(row['missed'])}")
     print(end="", flush=True)
 
 

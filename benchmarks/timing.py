@@ -22,6 +22,7 @@ _MARK, _BEFORE = "timed call of ", "what comes before"
 # Idle time before each call. Kernels are given to calls by their start times, and the clocks of
 # the host and the device agree only to some microseconds.
 _PAUSE_S = 1e-3
+_TRACES = 3  # that are tried until one is whole
 _GRAPHS = {
     "xla_gpu_graph_min_graph_size": "1",
     "xla_enable_command_buffers_during_profiling": "true",
@@ -64,10 +65,13 @@ def measure(
     """
     if jax.default_backend() != "gpu":
         return _wall_times(calls, num_times, before, f"wall ({jax.default_backend()})")
-    try:
-        return _device_spans(calls, num_times, before)
-    except TraceError as error:
-        return _wall_times(calls, num_times, before, f"wall ({error})")
+    problem = ""
+    for _ in range(_TRACES):
+        try:
+            return _device_spans(calls, num_times, before)
+        except TraceError as error:
+            problem = str(error)
+    return _wall_times(calls, num_times, before, f"wall ({problem})")
 
 
 def _wall_times(

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import types
 
 import bench_attention
 import bench_decode
@@ -184,8 +185,27 @@ def test_calls_that_the_trace_tells_apart_badly_are_refused(kernels):
         timing.spans([(0.0, "a"), (10 * MS, "a")], kernels)
 
 
+def test_another_trace_is_taken_where_one_is_not_whole(monkeypatch):
+    whole, taken = {"a": timing.Timing(1.0, "device span", ("k",))}, []
+
+    def spans(*_):
+        taken.append(None)
+        if len(taken) % 4 != 3:
+            raise timing.TraceError("no kernels")
+        return whole
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(timing, "_device_spans", spans)
+    calls = {"a": lambda: None}
+    assert timing.measure(calls, 1) == whole and len(taken) == 3
+    taken *= 0
+    monkeypatch.setattr(timing, "_TRACES", 2)
+    assert timing.measure(calls, 1)["a"].clock == "wall (no kernels)"
+
+
 def test_features_beside_plain_calls(tmp_path, capsys, monkeypatch):
     some = bench_features.comparisons(64)[::4]  # padding, packed documents, relative bias
+    some[1] = some[1]._replace(at_most=0.0)
     monkeypatch.setattr(bench_features, "comparisons", lambda tokens: some)
     file = tmp_path / "features.json"
     bench_features.main(["--num-times", "1", "--json", str(file)])
@@ -194,7 +214,30 @@ def test_features_beside_plain_calls(tmp_path, capsys, monkeypatch):
     for row in rows:
         assert row["ratio"] == pytest.approx(row["ms"] / row["against_ms"])
         assert row["family"] and row["clock"].startswith(("wall", "device span"))
-    assert "packed documents" in capsys.readouterr().out
+    printed = capsys.readouterr().out.splitlines()
+    assert ["missed" in line for line in printed if line.startswith("packed")] == [True] * 2
+
+
+def test_families_that_are_expected_of_features(monkeypatch):
+    """Of kernels on a Hopper: what is without a bound or in order is the portable family's."""
+    device = types.SimpleNamespace(compute_capability="9.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+
+    def portable(direction):
+        return {
+            comparison.name
+            for comparison in bench_features.comparisons(64)
+            if bench_attention.expected_family(
+                direction, "bfloat16", 64, comparison.call.bounded(direction)
+            )
+            == "cuda-sm80"
+        }
+
+    biased = {"bias of all batch entries", "relative bias", "running maximum"}
+    biased |= {"deterministic dscale, dbias", "deterministic drelative_bias"}
+    assert portable("fwd") == biased
+    assert portable("bwd") == biased | {"deterministic"}
 
 
 def test_decode_beside_a_copy(tmp_path, capsys):
@@ -205,6 +248,8 @@ def test_decode_beside_a_copy(tmp_path, capsys):
     assert row["bytes"] == 2 * 2 * 256 * 8 * 128
     assert row["implementations"].keys() == {"copy", "jax_cosine_attn", "xla"}
     assert row["family"] and not row["problems"]
+    mine, xla = (row["implementations"][name]["ms"] for name in ("jax_cosine_attn", "xla"))
+    assert row["missed"] == (["faster than xla"] if xla <= mine else [])
     for name, result in row["implementations"].items():
         moved = 2 * 2**20 if name == "copy" else row["bytes"]
         assert result["gb_per_s"] == pytest.approx(1e-6 * moved / result["ms"])
