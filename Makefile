@@ -25,8 +25,8 @@ SOURCES := pyproject.toml CMakeLists.txt $(shell find cuda cmake -type f 2>/dev/
 SANITIZER ?= compute-sanitizer
 
 .PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode bench-hopper \
-        bench-scaling sanitize lint train clean benchmark benchmark_causal benchmark_forward \
-        benchmark_backward benchmark_forward_causal benchmark_backward_causal
+        bench-scaling bench-cpu sanitize lint train clean benchmark benchmark_causal \
+        benchmark_forward benchmark_backward benchmark_forward_causal benchmark_backward_causal
 
 # A development install serves every target, so a lesser one never replaces it.
 DEV := $(VENV)/installed-dev
@@ -80,6 +80,9 @@ bench-hopper: $(DEV)
 
 bench-scaling: $(DEV)
 	$(PY) benchmarks/bench_scaling.py --commit $(COMMIT) --json $(RESULTS)/scaling.json
+
+bench-cpu: $(DEV)
+	JAX_PLATFORMS=cpu $(PY) benchmarks/bench_cpu.py
 
 benchmark: $(DEV)
 	$(BENCH)

@@ -6,6 +6,7 @@ import os
 import types
 
 import bench_attention
+import bench_cpu
 import bench_decode
 import bench_features
 import bench_scaling
@@ -238,6 +239,24 @@ def test_families_that_are_expected_of_features(monkeypatch):
     biased |= {"deterministic dscale, dbias", "deterministic drelative_bias"}
     assert portable("fwd") == biased
     assert portable("bwd") == biased | {"deterministic"}
+
+
+def test_cpu_beside_jax_nn(tmp_path, capsys, monkeypatch):
+    """Forward and gradient, causal and not, each beside the ratio that is asked for."""
+    file = tmp_path / "cpu.json"
+    sizes = ("--length", "64", "--heads", "2", "--head-dim", "8", "--repeats", "1")
+    monkeypatch.setattr(bench_cpu, "LEAST_RATIO", {False: 0.0, True: 1e9})
+    assert bench_cpu.main([*sizes, "--json", str(file)]) == 1
+    rows = json.loads(file.read_text())["rows"]
+    found = [(row["pass"], row["is_causal"], row["met"]) for row in rows]
+    assert found == [
+        (name, is_causal, not is_causal)
+        for name in ("forward", "gradient")
+        for is_causal in (False, True)
+    ]
+    for row in rows:
+        assert row["ratio"] == pytest.approx(row["jax_nn_ms"] / row["ours_ms"])
+    assert "NOT MET" in capsys.readouterr().out
 
 
 def test_decode_beside_a_copy(tmp_path, capsys):
