@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from jax.test_util import check_grads
+from yardstick import make_inputs
 
 from jax_cosine_attn import cosine_attention, merge_partials
 
@@ -66,6 +67,41 @@ def test_any_split_merges_to_the_whole(implementation, split):
         *zip(gradients, (expected.dq, expected.dk, expected.dv), strict=True),
     ]:
         np.testing.assert_allclose(actual, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("t", [1, 70])
+@pytest.mark.parametrize(
+    ("implementation", "h"),
+    [
+        ("xla", 16),
+        *(pytest.param("cuda", h, marks=pytest.mark.gpu) for h in (20, 64, 128)),
+    ],
+)
+def test_parts_of_16_bits_are_as_good_as_the_whole(implementation, h, t, dtype):
+    """Of 1, 299, 0 and 400 keys, gradients through out and lse: in one call, and merged."""
+    inputs = make_inputs(dtype, b=2, t=t, s=700, n=4, k=2, h=h)
+    tensors = [inputs[x] for x in ("query", "key", "value")]
+    mask = np.random.default_rng(2).random((2, 1, 1, 700)) < 0.6
+    mask[0, ..., :1] = mask[1, ..., 300:] = False  # parts of an entry without a single key
+    exact = oracle.attention(*tensors, mask=mask, dout=inputs["dout"], dlse=inputs["dlse"])
+
+    @functools.partial(jax.jit, static_argnames="split")
+    def run(tensors, split):
+        f = functools.partial(merged, mask=mask, split=split, implementation=implementation)
+        results, vjp = jax.vjp(f, *tensors)
+        return *results, *vjp((jnp.asarray(inputs["dout"]), jnp.asarray(inputs["dlse"])))
+
+    whole, parts = run(tensors, (700,)), run(tensors, (1, 299, 0, 400))
+    ulp = float(jnp.finfo(dtype).eps)
+    for name, of_whole, of_parts in zip(
+        ("out", "lse", "dq", "dk", "dv"), whole, parts, strict=True
+    ):
+        wanted = getattr(exact, name)
+        one, several = (
+            np.abs(np.asarray(x, np.float64) - wanted).max() for x in (of_whole, of_parts)
+        )
+        assert several <= 2 * one + 4 * ulp * np.abs(wanted).max(), name
 
 
 def partials(parts, dtype=jnp.float32, seed=0):
