@@ -104,8 +104,10 @@ sanitize: export XLA_PYTHON_CLIENT_ALLOCATOR = platform
 # Autotuning under a sanitizer takes minutes, and has crashed.
 sanitize: export XLA_FLAGS += --xla_gpu_autotune_level=0
 sanitize: $(DEV)
-	$(SANITIZER) --tool memcheck --error-exitcode 1 $(PY) tests/sanitize.py
-	$(SANITIZER) --tool racecheck $(RACECHECK) --error-exitcode 1 $(PY) tests/sanitize.py
+	for tool in memcheck "racecheck $(RACECHECK)"; do \
+	    seq 0 $$(($(JOBS) - 1)) | xargs -P $(JOBS) -I {} \
+	        $(SANITIZER) --tool $$tool --error-exitcode 1 $(PY) tests/sanitize.py {} $(JOBS) || exit 1; \
+	done
 
 lint: $(DEV)
 	$(PY) -m ruff check .

@@ -1,8 +1,11 @@
 """Runs every compiled kernel instance on its smallest shapes, for compute-sanitizer to watch.
 
 Instances come from the launch table, so a new one cannot be forgotten. `make sanitize` runs this
-under memcheck and racecheck; on its own it checks that all results are finite.
+under memcheck and racecheck; on its own it checks that all results are finite. Two arguments, I and
+N: every N-th instance from the I-th on.
 """
+
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -140,6 +143,7 @@ def run(instance: dict) -> None:
 
 
 if __name__ == "__main__":
-    for instance in _cuda.instances():
+    first, processes = (int(x) for x in sys.argv[1:] or (0, 1))
+    for instance in _cuda.instances()[first::processes]:
         _cuda.limit_shared_memory(shared_memory(instance))
         run(instance)
