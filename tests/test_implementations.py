@@ -27,6 +27,17 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+# For what tells the kernels' cases apart, and the blockwise ones, but is all one to the reference.
+blocks_first = pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        pytest.param("reference", marks=pytest.mark.full),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+
+
 def learned(n: int, bound: float = 10.0) -> dict[str, Any]:
     """A scale per head, of several signs and zero, with the bound that the kernels need."""
     return {"scale": np.resize(np.array([8, -2, 0, 10], np.float32), n), "scale_bound": bound}
@@ -267,6 +278,7 @@ def test_options(implementation, name):
     [(name, (F16, BF16)[i % 2]) for i, name in enumerate(OPTIONS)],
     ids=str,
 )
+@blocks_first
 def test_options_of_16_bit_inputs(implementation, name, dtype):
     check_options(implementation, name, dtype, SMALL)
 
@@ -446,7 +458,8 @@ def test_key_masks_of_entries_that_share_keys(implementation, h):
 over_kernels = pytest.mark.parametrize(
     "implementation, dtype, h",
     [
-        *itertools.product(("xla", "reference"), (F32,), (20,)),
+        ("xla", F32, 20),
+        pytest.param("reference", F32, 20, marks=pytest.mark.full),
         *(
             pytest.param("cuda", *kernel, marks=pytest.mark.gpu)
             for kernel in ((F32, 20), (BF16, 20), (F16, 64), (BF16, 64), (BF16, 128))
@@ -512,6 +525,7 @@ def test_more_queries_than_keys(implementation, dtype, h):
 
 
 @pytest.mark.parametrize("dtype", [BF16], ids=str)
+@blocks_first
 def test_bias_over_a_large_batch(implementation, dtype):
     """As AlphaFold's: one matrix for each of many rows of an alignment, and one for each head."""
     rng, b, t, n = np.random.default_rng(4), 129, 17, 2
