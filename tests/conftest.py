@@ -66,3 +66,12 @@ def exact_products():
 
     with jax.default_matmul_precision("highest"):
         yield
+
+
+@pytest.fixture
+def eight_devices():
+    """The host's own on a CPU, see above. A single GPU has nobody to send anything to."""
+    import jax
+
+    if len(jax.devices()) < 8:
+        pytest.skip(f"what 8 devices send and hold; this machine has {len(jax.devices())}")

@@ -242,14 +242,13 @@ def test_ring_in_checkpointed_scan(policy):
 
 
 @pytest.mark.parametrize("is_causal", [case("", False, full=True), case("causal", True)])
+@pytest.mark.usefixtures("eight_devices")
 def test_ring_moves_keys_forward_and_gradients_too_backward(is_causal):
     """Hops stand in the program beside the loop over the ring and in it; nothing is gathered."""
     ops = inputs()
     f = functools.partial(
         ring_cosine_attention, axis_name="cp", mesh=mesh_of((8,), ("cp",)), is_causal=is_causal
     )
-    if len(jax.devices()) < 8:
-        pytest.skip("collectives of one device are none")
     forward = jax.jit(lambda ops: f(**ops)).lower(ops).compile()
     assert collectives(forward) == {"collective-permute": 4}  # k and v, before and in the loop
     gradient = jax.jit(jax.grad(lambda ops: f(**ops).sum()))
@@ -258,10 +257,8 @@ def test_ring_moves_keys_forward_and_gradients_too_backward(is_causal):
     assert collectives(gradient.lower(ops).compile()) == {"collective-permute": 4 + 2 + 6}
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_memory_of_a_device_does_not_grow_with_the_ring():
-    if len(jax.devices()) < 8:
-        pytest.skip("needs 8 devices")
-
     def temporaries(devices):
         mesh = jax.make_mesh((devices,), ("cp",), devices=jax.devices()[:devices])
         x = jax.ShapeDtypeStruct(
@@ -328,9 +325,8 @@ def test_keys_apart_where_a_maximum_is_needed(implementation, names, options):
     check_keys(mesh_of((4,), ("cp",)), names, implementation, **options)
 
 
+@pytest.mark.usefixtures("eight_devices")
 def test_keys_apart_take_one_all_reduce():
-    if len(jax.devices()) < 8:
-        pytest.skip("collectives of one device are none")
     mesh, ops = mesh_of((8,), ("cp",)), inputs("seq_lengths", t=1)
     lengths = ops.pop("seq_lengths")
 

@@ -27,8 +27,8 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# For what tells the kernels' cases apart, and the blockwise ones, but is all one to the reference.
-blocks_first = pytest.mark.parametrize(
+# Dtypes and large batches are cases of their own to kernels and blocks, but not to the reference.
+reference_in_full = pytest.mark.parametrize(
     "implementation",
     [
         "xla",
@@ -278,7 +278,7 @@ def test_options(implementation, name):
     [(name, (F16, BF16)[i % 2]) for i, name in enumerate(OPTIONS)],
     ids=str,
 )
-@blocks_first
+@reference_in_full
 def test_options_of_16_bit_inputs(implementation, name, dtype):
     check_options(implementation, name, dtype, SMALL)
 
@@ -525,7 +525,7 @@ def test_more_queries_than_keys(implementation, dtype, h):
 
 
 @pytest.mark.parametrize("dtype", [BF16], ids=str)
-@blocks_first
+@reference_in_full
 def test_bias_over_a_large_batch(implementation, dtype):
     """As AlphaFold's: one matrix for each of many rows of an alignment, and one for each head."""
     rng, b, t, n = np.random.default_rng(4), 129, 17, 2
