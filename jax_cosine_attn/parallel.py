@@ -319,12 +319,14 @@ def _over_mesh(
         given = jax.tree.map(
             lambda x, spec: jax.sharding.reshard(x, NamedSharding(mesh, spec)), given, spec_of
         )
-    return jax.shard_map(
+    mapped = jax.shard_map(
         lambda given: f(**given, **static),
         mesh=mesh,
         in_specs=(spec_of,),
         out_specs=(spec, spec) if return_residual else spec,
-    )(given)
+    )
+    # Outside of jit shard_map runs no custom_vjp.
+    return jax.jit(mapped, inline=True)(given)
 
 
 def _bias_spec(x: Any, *axes: AxisName) -> P:

@@ -257,6 +257,20 @@ def test_ring_moves_keys_forward_and_gradients_too_backward(is_causal):
     assert collectives(gradient.lower(ops).compile()) == {"collective-permute": 4 + 2 + 6}
 
 
+@pytest.mark.usefixtures("exact_products")
+def test_over_a_mesh_without_jit():
+    ops, mesh = inputs(), mesh_of((8,), ("cp",))
+    for f in (ring_cosine_attention, kv_sharded_cosine_attention):
+        f = functools.partial(f, axis_name="cp", mesh=mesh)
+        np.testing.assert_allclose(f(**ops), cosine_attention(**ops), atol=1e-5)
+        dq = jax.grad(lambda q, f=f, **others: f(q, **others).sum())
+        expected = jax.grad(lambda q, **others: cosine_attention(q, **others).sum())
+        others = {name: x for name, x in ops.items() if name != "query"}
+        np.testing.assert_allclose(
+            dq(ops["query"], **others), expected(ops["query"], **others), atol=1e-4
+        )
+
+
 @pytest.mark.usefixtures("eight_devices")
 def test_memory_of_a_device_does_not_grow_with_the_ring():
     def temporaries(devices):
