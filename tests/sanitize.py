@@ -44,9 +44,14 @@ def calls(instance: dict):
         yield from decode_calls(head_dim, instance["block_m"] // 4)
         return
     with_biases = instance["unbounded"] and instance["direction"] != "dq"
-    if instance["direction"] != "dbias":
-        yield "plain", dict(t=64, s=64, n=1, k=1, h=head_dim), {}, {}
     lengths = np.array([60, 1], np.int32)
+    if instance["raw"]:
+        yield from raw_calls(head_dim, lengths)
+        return
+    # More keys than kernels take that normalise them themselves.
+    s = 1088 if (instance["family"], instance["direction"]) == ("sm90", "fwd") else 64
+    if instance["direction"] != "dbias":
+        yield "plain", dict(t=64, s=s, n=1, k=1, h=head_dim), {}, {}
     key_mask = np.arange(131) % 3 != 1
     # Rows of a multiple of 8 elements are all that the kernels for Hopper take.
     ragged = dict(t=67, s=131, n=4, k=2, h=head_dim - (8 if instance["family"] == "sm90" else 3))
@@ -76,6 +81,19 @@ def calls(instance: dict):
     if with_biases:
         for shape in ((131,), (67, 1), (1, 1)):
             yield f"bias {shape}", ragged, {}, {"bias": np.ones(shape, np.float16)}
+
+
+def raw_calls(head_dim: int, lengths: np.ndarray):
+    """The same without masks and segments, of more tiles than a GPU runs at a time and of few."""
+    yield "plain", dict(t=64, s=64, n=80, k=80, h=head_dim), {}, {}
+    ragged = dict(t=67, s=131, n=4, k=2, h=head_dim - 8)
+    options = {
+        "is_causal": True,
+        "query_seq_lengths": lengths,
+        "key_value_seq_lengths": lengths + 70,
+    }
+    yield "ragged", ragged, options, {}
+    yield "window", ragged, {"local_window_size": (40, 30)}, {}
 
 
 def decode_calls(head_dim: int, t: int):
@@ -138,7 +156,7 @@ def run(instance: dict) -> None:
                 results += jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*args)
         for result in jax.tree.leaves(results):
             assert np.isfinite(np.asarray(result, np.float32)).all(), (instance, name)
-        of = ("family", "direction", "arithmetic", "unbounded", "small", "head_dim")
+        of = ("family", "direction", "arithmetic", "unbounded", "small", "raw", "head_dim")
         print(*(instance[x] for x in of), name, flush=True)
 
 

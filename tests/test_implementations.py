@@ -414,6 +414,19 @@ def test_options_over_tiles(name, h, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["plain", "causal", "lengths-causal", "window-causal", "normalised", "scale-30"]
+)
+@pytest.mark.parametrize("h", [64, 120, 128])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize("t, s, n, k", [(300, 1100, 4, 2), (130, 200, 50, 50)])
+def test_keys_normalised_before_and_again(name, t, s, n, k, h, dtype):
+    """The forward on Hopper has many keys normalised by a kernel before it, and few itself, here in
+    more tiles than a GPU runs at a time."""
+    check_options("cuda", name, dtype, Sizes(2, t, s, n, k, h))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("h", [64, 128])
 @pytest.mark.parametrize("name", ["causal", "key-mask-causal", "full-mask", "groups"])

@@ -136,7 +136,7 @@ class TestRun:
     @pytest.mark.gpu
     def test_long_sequences(self, tmp_path, capsys):
         """The model of the preset for them, on the standard library."""
-        options = ["--preset=long", "--steps=2", "--batch-size=1", "--eval-windows=1"]
+        options = ["--preset=long", "--steps=2", "--lr=1e-5", "--batch-size=1", "--eval-windows=1"]
         train_lm.main([*options, "--eval-every=2", "--sample-length=4", f"--out={tmp_path}"])
         assert json.loads((tmp_path / "options.json").read_text())["seq_len"] == 8192
         assert records(tmp_path)[-1]["validation"] < 9

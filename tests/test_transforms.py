@@ -301,7 +301,8 @@ def test_scan_over_layers(implementation):
         return jnp.sin(x).sum()
 
     actual = jax.jit(jax.value_and_grad(scanned, (0, 1)))(x, scales)
-    assert_close(actual, jax.jit(jax.value_and_grad(unrolled, (0, 1)))(x, scales))
+    # Three layers amplify: x changed by 1e-7 of itself moves this gradient by 4e-5.
+    assert_close(actual, jax.jit(jax.value_and_grad(unrolled, (0, 1)))(x, scales), 1e-4)
 
 
 @with_gradient

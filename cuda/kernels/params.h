@@ -174,7 +174,7 @@ struct FwdTmaParams {
   Problem problem;
   BatchIndex q_batch, k_batch, v_batch, raw_v_batch;
   bool listed;    // k^ and v hold the listed keys alone, v none of a list that is a prefix: raw_v_map serves
-  bool q_is_raw;  // q_map is of q, which the kernel turns into q^ itself
+  bool q_is_raw, k_is_raw;  // the maps are of q and k, not of what a pre-pass made of them
   float* lse;
   float* lse_low;
   float shift, shift_log2;
@@ -212,14 +212,21 @@ struct RowStats {
   }
 };
 
-struct DeltaParams {
+struct QueryParams {
   Problem problem;
-  Rows out, dout;        // [B, T, N, H]
-  const float* lse;      // [B, N, T]
-  const float* lse_low;  // [B, N, T]
-  const float* dlse;     // [B, N, T] or null
-  bool log2_units;       // of S in the kernel that reads stats
+  Rows q, out, dout;      // [., T, N, H]
+  const float* lse;       // [B, N, T]
+  const float* lse_low;   // [B, N, T]
+  const float* dlse;      // [B, N, T] or null
+  bool log2_units;        // of S in the kernel that reads stats
+  Rows q_hat;             // [B, N, T, Hp]
+  float* q_inverse_norm;  // [B, N, T, groups]
   RowStats stats;
+  // What the kernels after add to becomes zero: so many 16 bytes of sums, row_sums or null, next_tile.
+  uint4* sums;
+  int64_t zeros;
+  float2* row_sums;  // [B, N, T]
+  int* next_tile;
 };
 
 struct BwdParams {
@@ -256,9 +263,10 @@ struct BwdTmaParams {
   CUtensorMap q_map, k_map, v_map, raw_v_map, dout_map;
   Problem problem;
   BatchIndex k_batch, v_batch, raw_v_batch;
-  bool listed;  // as in FwdTmaParams
+  bool listed;    // as in FwdTmaParams
+  bool k_is_raw;  // k_map is of k: the kernel turns its rows into k^ itself, where l2norm asks for that
   Rows k_raw;
-  const float* k_inverse_norm;
+  const float* k_inverse_norm;  // unused if k_is_raw
   RowStats stats;
   float* dq_accum;  // in DqTiles
   float2* row_sums;

@@ -1,5 +1,5 @@
-// Row-wise kernels: normalisation, rowsum(dO * O), and the last step of dq. Memory bound; a row of up
-// to 256 elements is held by kLanes neighbouring lanes, 8 elements each.
+// Row-wise kernels: normalisation, what the backward needs of its query rows, and the last step of dq.
+// Memory bound; a row of up to 256 elements is held by kLanes neighbouring lanes, 8 elements each.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,8 +29,8 @@ struct RowLanes {
     return x;
   }
   // Of several rows together, so that latencies overlap.
-  template <int kRows>
-  __device__ static void sum(float (&x)[kRows]) {
+  template <typename Real, int kRows>
+  __device__ static void sum(Real (&x)[kRows]) {
 #pragma unroll
     for (int d = kLanes / 2; d > 0; d /= 2) {
 #pragma unroll
@@ -108,8 +108,8 @@ struct RowLanes {
 
   // d(x) from d(x^), given x, for x^ = x * inverse_norm per group: r (a - x^ <x^, a>). A zero row has
   // inverse norm 0: x^ = x / kMinNorm, and gradient 0; so has a group of one component, whose x^ is
-  // always a sign. In place, of several rows; `dots` become <x^, a> over whole rows.
-  template <int kRows>
+  // always a sign. In place, of several rows; `dots` become <x^, a> over whole rows. kOneGroup: groups is 1.
+  template <bool kOneGroup = false, int kRows>
   __device__ static void norm_backward(float (&a)[kRows][kElems], float (&x)[kRows][kElems],
                                        const float* const (&inverse_norms)[kRows], float (&dots)[kRows],
                                        int groups, int head_dim, bool l2norm) {
@@ -124,9 +124,10 @@ struct RowLanes {
       sum(dots);
       return;
     }
-    const int group_size = head_dim / groups;
-    for (int g = 0; g < groups; ++g) {
+    const int group_size = kOneGroup ? head_dim : head_dim / groups;
+    for (int g = 0; g < (kOneGroup ? 1 : groups); ++g) {
       const Slice slice(g, group_size);
+      const auto has = [&](int e) { return kOneGroup || slice.has(e); };
       float r[kRows], dot[kRows];
 #pragma unroll
       for (int row = 0; row < kRows; ++row) r[row] = inverse_norms[row][g];
@@ -135,7 +136,7 @@ struct RowLanes {
         dot[row] = 0.f;
 #pragma unroll
         for (int e = 0; e < kElems; ++e) {
-          if (slice.has(e)) {
+          if (has(e)) {
             x[row][e] *= r[row] != 0.f ? r[row] : 1.f / kMinNorm;
             dot[row] += x[row][e] * a[row][e];
           }
@@ -148,7 +149,7 @@ struct RowLanes {
         const bool has_gradient = r[row] != 0.f && group_size > 1;
 #pragma unroll
         for (int e = 0; e < kElems; ++e) {
-          if (slice.has(e)) {
+          if (has(e)) {
             a[row][e] = has_gradient ? r[row] * (a[row][e] - x[row][e] * dot[row]) : 0.f;
           }
         }
@@ -160,7 +161,7 @@ struct RowLanes {
   __device__ static float norm_backward(float (&a)[kElems], float (&x)[kElems], const float* inverse_norm,
                                         int groups, int head_dim, bool l2norm) {
     float dots[1];
-    norm_backward<1>(reinterpret_cast<float(&)[1][kElems]>(a), reinterpret_cast<float(&)[1][kElems]>(x),
+    norm_backward<false, 1>(reinterpret_cast<float(&)[1][kElems]>(a), reinterpret_cast<float(&)[1][kElems]>(x),
                      {inverse_norm}, dots, groups, head_dim, l2norm);
     return dots[0];
   }
@@ -189,51 +190,100 @@ __device__ inline float exact_scale(float x) {
   return __int_as_float((254 - min(__float_as_int(x) >> 23, 253)) << 23);
 }
 
-// The elements for which has(e) become those of the unit vector times fold. Returns the inverse norm, 0 of
-// a zero row.
-template <typename Real, class L, class Has>
-__device__ inline float normalize_slice(float (&x)[L::kElems], Real fold, Has has) {
-  const auto sum_squares = [&](float scale) {
-    Real squares = 0;
+// The elements of rows of T for which has(e) become those of the unit vector times fold. inverse_norms: 0 of
+// zero rows.
+template <typename T, typename Real, class L, int kRows, class Has>
+__device__ inline void normalize_slices(float (&x)[kRows][L::kElems], Real fold,
+                                        float (&inverse_norms)[kRows], Has has) {
+  Real squares[kRows];
+  float scale[kRows];
+  const auto sum_squares = [&] {
 #pragma unroll
-    for (int e = 0; e < L::kElems; ++e) {
-      if (has(e)) squares += Real(x[e] * scale) * Real(x[e] * scale);
+    for (int row = 0; row < kRows; ++row) {
+      squares[row] = 0;
+#pragma unroll
+      for (int e = 0; e < L::kElems; ++e) {
+        if (has(e)) squares[row] += Real(x[row][e] * scale[row]) * Real(x[row][e] * scale[row]);
+      }
     }
-    return L::sum(squares);
+    L::sum(squares);
   };
-  float scale = 1.f;
-  Real squares = sum_squares(scale);
-  if (__any_sync(0xffffffff, !squares_are_safe(squares))) {
-    float largest = 0.f;
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) scale[row] = 1.f;
+  sum_squares();
+  if constexpr (!std::is_same_v<T, __half>) {  // its squares are safe, or 0
+    bool safe = true;
+#pragma unroll
+    for (int row = 0; row < kRows; ++row) safe &= squares_are_safe(squares[row]);
+    if (__any_sync(0xffffffff, !safe)) {
+#pragma unroll
+      for (int row = 0; row < kRows; ++row) {
+        float largest = 0.f;
+#pragma unroll
+        for (int e = 0; e < L::kElems; ++e) {
+          if (has(e)) largest = fmaxf(largest, fabsf(x[row][e]));
+        }
+        scale[row] = exact_scale(L::max(largest));
+      }
+      sum_squares();
+    }
+  }
+#pragma unroll
+  for (int row = 0; row < kRows; ++row) {
+    const Real least = Real(kMinNorm) * scale[row];
+    const bool live = squares[row] >= least * least;
+    const Real inverse = rsqrt(squares[row]) * scale[row];
+    const Real factor = live ? inverse * fold : fold / Real(kMinNorm);
 #pragma unroll
     for (int e = 0; e < L::kElems; ++e) {
-      if (has(e)) largest = fmaxf(largest, fabsf(x[e]));
+      if (has(e)) x[row][e] = float(x[row][e] * factor);
     }
-    scale = exact_scale(L::max(largest));
-    squares = sum_squares(scale);
+    inverse_norms[row] = live ? float(inverse) : 0.f;
   }
-  const Real norm = sqrt(squares);
-  const bool live = norm >= kMinNorm * scale;
-  const Real r = 1 / norm;
+}
+
+// The same for a row, by its slices; keep(g, inverse norm) is told of each.
+template <typename T, typename Real, class L, class Keep>
+__device__ inline void normalize_row(float (&x)[1][L::kElems], Real fold, const Problem& p, bool l2norm,
+                                     Keep keep) {
+  const auto normalize = [&](int g, auto has) {
+    float inverse_norm[1];
+    normalize_slices<T, Real, L>(x, fold, inverse_norm, has);
+    keep(g, inverse_norm[0]);
+  };
+  if (!l2norm) {
 #pragma unroll
-  for (int e = 0; e < L::kElems; ++e) {
-    if (has(e)) {
-      x[e] = float(live ? Real(x[e] * scale) * (r * fold) : x[e] * (fold / Real(kMinNorm)));
+    for (int e = 0; e < L::kElems; ++e) x[0][e] = float(x[0][e] * fold);
+  } else if (p.groups == 1) {
+    normalize(0, [](int) { return true; });
+  } else {
+    const int group_size = p.head_dim / p.groups;
+    for (int g = 0; g < p.groups; ++g) {
+      const typename L::Slice slice(g, group_size);
+      normalize(g, [&](int e) { return slice.has(e); });
     }
   }
-  return live ? float(r * scale) : 0.f;
+}
+
+// float32 rows go through double and are rounded once: an error of the norm or of the fold would be
+// common to all logits of a row, and grows with the scale.
+template <typename T>
+using NormReal = std::conditional_t<std::is_same_v<T, float>, double, float>;
+
+// The scale of q^, with log2 e where logits are in its units.
+template <typename Real>
+__device__ inline Real fold_of(const HeadScale& scale, bool log2_units, int b, int head) {
+  return Real(scale(b, head)) * (log2_units ? Real(1.4426950408889634) : Real(1));
 }
 
 constexpr int kNormRowsEach = 4;  // rows of a thread: loads in flight, and indices shared
 constexpr int kMostKeysPerBlock = 128;
 
 // x -> x^ (unit slices, times the fold where one is given) in rows of Hp, zeros past H.
-// float32 rows go through double and are rounded once: an error of the norm or of the fold would be
-// common to all logits of a row, and grows with the scale.
 template <typename T, typename THat, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams params) {
   using L = RowLanes<kLanes>;
-  using Real = std::conditional_t<std::is_same_v<T, float>, double, float>;
+  using Real = NormReal<T>;
   const Problem& p = params.problem;
   ptx::launch_dependent_grids();
   if (params.zero != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *params.zero = 0;
@@ -259,71 +309,96 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
     packed[each] = L::template load<T>(rows.row(row), p.head_dim, valid);
   }
   Real fold = 1;
-  if (params.fold.data != nullptr) {
-    fold = Real(params.fold(at.b, at.head)) *
-           (params.log2_units ? Real(1.4426950408889634) : Real(1));
-  }
+  if (params.fold.data != nullptr) fold = fold_of<Real>(params.fold, params.log2_units, at.b, at.head);
   const auto hats = params.hat.head<THat>(at.b, at.head);
   const int64_t first = (int64_t(at.b) * params.num_heads + at.head) * params.seqlen;
 #pragma unroll
   for (int each = 0; each < kNormRowsEach; ++each) {
-    float x[L::kElems];
-    L::widen(x, packed[each]);
+    float x[1][L::kElems];
+    L::widen(x[0], packed[each]);
     const int row = row_of(each);
     const bool valid = row < written;
-    const auto keep = [&](int g, float inverse_norm) {
+    normalize_row<T, Real, L>(x, fold, p, params.l2norm, [&](int g, float inverse_norm) {
       if (params.inverse_norm != nullptr && valid && L::lane() == 0) {
         params.inverse_norm[(first + row) * p.groups + g] = inverse_norm;
       }
-    };
-    if (!params.l2norm) {
-#pragma unroll
-      for (int e = 0; e < L::kElems; ++e) x[e] = float(x[e] * fold);
-    } else if (p.groups == 1) {
-      keep(0, normalize_slice<Real, L>(x, fold, [](int) { return true; }));
-    } else {
-      const int group_size = p.head_dim / p.groups;
-      for (int g = 0; g < p.groups; ++g) {
-        const typename L::Slice slice(g, group_size);
-        keep(g, normalize_slice<Real, L>(x, fold, [&](int e) { return slice.has(e); }));
-      }
-    }
-    if (valid) L::store(hats.row(row), x, p.head_dim_padded);
+    });
+    if (valid) L::store(hats.row(row), x[0], p.head_dim_padded);
   }
 }
 
-// delta = rowsum(dO * O) - dlse and lse, laid out for the backward's tiles. Whatever a dead row of dO or
-// dlse holds is dropped here.
+constexpr int kQueryRowsEach = 2;  // rows of a thread, with three loads each
+
+// What the backward needs of its query rows: q^, and delta = rowsum(dO * O) - dlse and lse, laid out for its
+// tiles. Whatever a dead row of dO or dlse holds is dropped here. Zeros for what its CTAs add to, too.
 template <typename T, int kLanes>
-__global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams params) {
+__global__ void __launch_bounds__(kRowThreads) query_rows(const QueryParams params) {
   using L = RowLanes<kLanes>;
+  using Real = NormReal<T>;
   const Problem& p = params.problem;
-  const RowBlock at = RowBlock::of_thread<kLanes>(params.stats.seqlen_padded, p.num_heads);
-  if (at.row >= params.stats.seqlen_padded) return;  // whole warps: rows per block divide Tp
-
-  const int64_t bh = int64_t(at.b) * p.num_heads + at.head;
-  const float lse =
-      at.row < p.q_lengths(at.b) ? params.lse[bh * p.seqlen_q + at.row] : -INFINITY;
-  const bool live = lse != -INFINITY;
-  float o[L::kElems], d[L::kElems];
-  L::load(o, params.out.head<T>(at.b, at.head).row(live ? at.row : 0), p.head_dim, live);
-  L::load(d, params.dout.head<T>(at.b, at.head).row(live ? at.row : 0), p.head_dim, live);
-  float delta = 0.f;
+  ptx::launch_dependent_grids();
+  // Rows of a block divide Tp.
+  const RowBlock at = RowBlock::of_thread<kLanes, kQueryRowsEach>(params.stats.seqlen_padded, p.num_heads);
+  const auto row_of = [&](int each) { return at.row + each * L::kRowsPerBlock; };
+  const int64_t bh = int64_t(at.b) * p.num_heads + at.head, first = bh * p.seqlen_q;
+  const auto qs = params.q.head<T>(at.b, at.head);
+  const auto outs = params.out.head<T>(at.b, at.head), douts = params.dout.head<T>(at.b, at.head);
+  const int length = p.q_lengths(at.b);
+  typename L::template Packed<T> q[kQueryRowsEach], out[kQueryRowsEach], dout[kQueryRowsEach];
+  float lse[kQueryRowsEach];
 #pragma unroll
-  for (int e = 0; e < L::kElems; ++e) delta += o[e] * d[e];
-  delta = L::sum(delta);
-  if (live && params.dlse != nullptr) delta -= params.dlse[bh * p.seqlen_q + at.row];
-  if (L::lane() == 0) {
-    float high = lse, low = live ? params.lse_low[bh * p.seqlen_q + at.row] : 0.f;
+  for (int each = 0; each < kQueryRowsEach; ++each) {
+    const int row = row_of(each);
+    q[each] = L::load(qs.row(row), p.head_dim, row < p.seqlen_q);
+    out[each] = L::load(outs.row(row), p.head_dim, row < length);
+    dout[each] = L::load(douts.row(row), p.head_dim, row < length);
+    lse[each] = row < length ? params.lse[first + row] : -INFINITY;
+  }
+  const int64_t threads = int64_t(gridDim.x) * kRowThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x; i < params.zeros; i += threads) {
+    params.sums[i] = {0, 0, 0, 0};
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) *params.next_tile = 0;
+
+  const Real fold = fold_of<Real>(p.scale, params.log2_units, at.b, at.head);
+  const auto hats = params.q_hat.head<T>(at.b, at.head);
+  float deltas[kQueryRowsEach];
+#pragma unroll
+  for (int each = 0; each < kQueryRowsEach; ++each) {
+    const int row = row_of(each);
+    const bool valid = row < p.seqlen_q;
+    float x[1][L::kElems], o[L::kElems], d[L::kElems];
+    L::widen(x[0], q[each]);
+    normalize_row<T, Real, L>(x, fold, p, p.l2norm, [&](int g, float inverse_norm) {
+      if (valid && L::lane() == 0) params.q_inverse_norm[(first + row) * p.groups + g] = inverse_norm;
+    });
+    if (valid) L::store(hats.row(row), x[0], p.head_dim_padded);
+    L::widen(o, out[each]);
+    L::widen(d, dout[each]);
+    deltas[each] = 0.f;
+#pragma unroll
+    for (int e = 0; e < L::kElems; ++e) deltas[each] += o[e] * d[e];
+  }
+  L::sum(deltas);
+  if (L::lane() != 0) return;
+#pragma unroll
+  for (int each = 0; each < kQueryRowsEach; ++each) {
+    const int row = row_of(each);
+    const bool live = lse[each] != -INFINITY;
+    float high = lse[each], low = live ? params.lse_low[first + row] : 0.f;
     if (params.log2_units) {
-      high = lse * kLog2e;
-      low = fmaf(lse, kLog2e, -high) + lse * kLog2eLow + low * kLog2e;
+      high = lse[each] * kLog2e;
+      low = fmaf(lse[each], kLog2e, -high) + lse[each] * kLog2eLow + low * kLog2e;
     }
-    params.stats.row(bh, kLse)[at.row] = live ? high : INFINITY;
-    params.stats.row(bh, kLseLow)[at.row] = live ? low : 0.f;
-    params.stats.row(bh, kDelta)[at.row] = delta;
+    const float dlse = live && params.dlse != nullptr ? params.dlse[first + row] : 0.f;
+    params.stats.row(bh, kLse)[row] = live ? high : INFINITY;
+    params.stats.row(bh, kLseLow)[row] = live ? low : 0.f;
+    params.stats.row(bh, kDelta)[row] = live ? deltas[each] - dlse : 0.f;
+    if (params.row_sums != nullptr && row < p.seqlen_q) params.row_sums[first + row] = {0.f, 0.f};
   }
 }
+
+constexpr int kDqRowsEach = 2;  // rows of a thread
 
 // dq = scale r (a - q^ <q^, a>) with a = dS k^, and the block's part of dscale: <q^, a>, less what rounding
 // put there: dS of a row sums to dlse, and any excess, from delta or lse, has been multiplied by the row's
@@ -331,64 +406,94 @@ __global__ void __launch_bounds__(kRowThreads) delta_rows(const DeltaParams para
 template <typename T, typename TAccum, int kLanes>
 __global__ void __launch_bounds__(kRowThreads) finish_dq(const DqParams params) {
   using L = RowLanes<kLanes>;
+  constexpr int kRows = L::kRowsPerBlock * kDqRowsEach;
   const Problem& p = params.problem;
-  const RowBlock at = RowBlock::of_thread<kLanes>(p.seqlen_q, p.num_heads);
-  const bool valid = at.row < p.seqlen_q;
-  const int row = valid ? at.row : 0;
+  const RowBlock at = RowBlock::of_thread<kLanes, kDqRowsEach>(p.seqlen_q, p.num_heads);
+  // Rows i and i + 8 are neighbours in a tile.
+  const int thread_row = threadIdx.x / kLanes, in_block = thread_row / 8 * 16 + thread_row % 8;
+  const int first = at.row - thread_row + in_block;
   const int64_t bh = int64_t(at.b) * p.num_heads + at.head;
-  // A dead row may hold NaN in q.
-  const bool live = valid && params.stats.row(bh, kLse)[row] != INFINITY;
+  const auto row_of = [&](int each) { return first + 8 * each; };
 
-  float a[L::kElems], q[L::kElems];
+  float a[kDqRowsEach][L::kElems], q[kDqRowsEach][L::kElems];
+  typename L::template Packed<T> packed[kDqRowsEach];
+  const float* inverse_norms[kDqRowsEach];
+  int64_t indices[kDqRowsEach];
+  bool lives[kDqRowsEach];
+  const auto raw = params.q_raw.head<T>(at.b, at.head);
+#pragma unroll
+  for (int each = 0; each < kDqRowsEach; ++each) {
+    const bool exists = row_of(each) < p.seqlen_q;
+    const int row = exists ? row_of(each) : 0;
+    indices[each] = bh * p.seqlen_q + row;
+    inverse_norms[each] = params.q_inverse_norm + indices[each] * p.groups;
+    // A dead row may hold NaN in q.
+    lives[each] = exists && params.stats.row(bh, kLse)[row] != INFINITY;
+    packed[each] = L::template load<T>(raw.row(row), p.head_dim, exists);
+  }
   const TAccum* const sums = static_cast<const TAccum*>(params.dq_accum);
   if (params.tiled) {
-    const int in_tile = row % DqTiles::kRows;
-    const TAccum* const tile = sums + DqTiles::before(p, bh, row - in_tile) + L::lane() * DqTiles::kSize;
-    const bool inside = live && L::first() < p.head_dim_padded;
-    struct alignas(2 * sizeof(TAccum)) Pair {
-      TAccum x, y;
+    const int in_tile = first % DqTiles::kRows;
+    const TAccum* const tile =
+        sums + DqTiles::before(p, bh, first - in_tile) + L::lane() * DqTiles::kSize;
+    const bool inside = first < p.seqlen_q && L::first() < p.head_dim_padded;
+    struct alignas(16) Pairs {
+      TAccum x[2][2];  // of both rows
     };
 #pragma unroll
     for (int pair = 0; pair < L::kElems / 2; ++pair) {
       const TAccum* const at = tile + DqTiles::pair(in_tile, pair);
-      const Pair found = inside ? *reinterpret_cast<const Pair*>(at) : Pair{0, 0};
-      a[2 * pair] = found.x;
-      a[2 * pair + 1] = found.y;
+      const Pairs found = inside ? *reinterpret_cast<const Pairs*>(at) : Pairs{};
+#pragma unroll
+      for (int each = 0; each < kDqRowsEach; ++each) {
+        a[each][2 * pair] = found.x[each][0];
+        a[each][2 * pair + 1] = found.x[each][1];
+      }
     }
   } else {
-    L::load(a, sums + (bh * p.seqlen_q + row) * p.head_dim_padded, p.head_dim_padded, live);
-  }
-  L::load(q, params.q_raw.head<T>(at.b, at.head).row(row), p.head_dim, live);
-  const float dot =
-      L::norm_backward(a, q, params.q_inverse_norm + (bh * p.seqlen_q + row) * p.groups, p.groups,
-                       p.head_dim, p.l2norm);
-  const float scale = p.scale(at.b, at.head);
 #pragma unroll
-  for (int e = 0; e < L::kElems; ++e) a[e] = live ? a[e] * scale : 0.f;
-  if (valid) L::store(params.dq.head<T>(at.b, at.head).row(row), a, p.head_dim);
+    for (int each = 0; each < kDqRowsEach; ++each) {
+      L::load(a[each], sums + indices[each] * p.head_dim_padded, p.head_dim_padded, lives[each]);
+    }
+  }
+#pragma unroll
+  for (int each = 0; each < kDqRowsEach; ++each) L::widen(q[each], packed[each]);
+  float dots[kDqRowsEach];
+  L::norm_backward(a, q, inverse_norms, dots, p.groups, p.head_dim, p.l2norm);
+  const float scale = p.scale(at.b, at.head);
+  const auto rows = params.dq.head<T>(at.b, at.head);
+#pragma unroll
+  for (int each = 0; each < kDqRowsEach; ++each) {
+#pragma unroll
+    for (int e = 0; e < L::kElems; ++e) a[each][e] = lives[each] ? a[each][e] * scale : 0.f;
+    if (row_of(each) < p.seqlen_q) L::store(rows.row(row_of(each)), a[each], p.head_dim);
+  }
 
   if (params.dscale_partials == nullptr) return;
-  __shared__ float row_dots[L::kRowsPerBlock];
+  __shared__ float row_dots[kRows];
   if (L::lane() == 0) {
-    float centred = live ? dot : 0.f;
-    // Without a scale no logit tells the mean cosine.
-    if (live && params.row_sums != nullptr && scale != 0.f) {
-      const float2 sums = params.row_sums[bh * p.seqlen_q + row];
-      const float excess = sums.x - (params.dlse ? params.dlse[bh * p.seqlen_q + row] : 0.f);
-      const float mean_logit = params.log2_units ? sums.y * kLn2 : sums.y;
-      centred = dot - excess * (mean_logit / scale);
+#pragma unroll
+    for (int each = 0; each < kDqRowsEach; ++each) {
+      float centred = lives[each] ? dots[each] : 0.f;
+      // Without a scale no logit tells the mean cosine.
+      if (lives[each] && params.row_sums != nullptr && scale != 0.f) {
+        const float2 sums = params.row_sums[indices[each]];
+        const float excess = sums.x - (params.dlse ? params.dlse[indices[each]] : 0.f);
+        const float mean_logit = params.log2_units ? sums.y * kLn2 : sums.y;
+        centred = dots[each] - excess * (mean_logit / scale);
+      }
+      row_dots[in_block + 8 * each] = centred;
     }
-    row_dots[threadIdx.x / kLanes] = centred;
   }
   __syncthreads();
   if (threadIdx.x < 32) {
     float total = 0.f;
-    for (int i = threadIdx.x; i < L::kRowsPerBlock; i += 32) total += row_dots[i];
+    for (int i = threadIdx.x; i < kRows; i += 32) total += row_dots[i];
 #pragma unroll
     for (int d = 16; d > 0; d /= 2) total += __shfl_xor_sync(0xffffffff, total, d);
     if (threadIdx.x == 0) {
-      const int blocks = (p.seqlen_q + L::kRowsPerBlock - 1) / L::kRowsPerBlock;
-      params.dscale_partials[bh * blocks + at.row / L::kRowsPerBlock] = total;
+      const int blocks = (p.seqlen_q + kRows - 1) / kRows;
+      params.dscale_partials[bh * blocks + first / kRows] = total;
     }
   }
 }

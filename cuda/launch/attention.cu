@@ -227,25 +227,36 @@ Status make_tensor_maps(std::initializer_list<TensorMap> maps, int head_dim) {
   return {};
 }
 
+int multiprocessors() {
+  int device = 0, count = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return count;
+}
+
 // Launches a kernel whose CTAs take tiles from a counter.
 template <class Params>
 Status launch_persistent(cudaStream_t stream, const Instance& instance, const Params& params, int64_t tiles,
                          bool early = false) {
-  int device = 0, multiprocessors = 0;
-  cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (tiles > INT_MAX - 2 * multiprocessors) {
+  const int ctas = multiprocessors();
+  if (tiles > INT_MAX - 2 * ctas) {
     return {describe(instance.direction, instance.arithmetic, params.problem) + ": too many tiles"};
   }
-  return launch(stream, instance, params, std::min<int64_t>(tiles, multiprocessors), early);
+  return launch(stream, instance, params, std::min<int64_t>(tiles, ctas), early);
+}
+
+// Of a kernel that has no other before it.
+__global__ void clear_counter(int* next_tile) {
+  ptx::launch_dependent_grids();
+  *next_tile = 0;
 }
 
 // Whether rows see different keys by position, so that some tiles take longer than others.
 bool has_window(const Problem& p) { return p.left < kUnlimited || p.right < kUnlimited; }
 
-// The forward on Hopper; q, raw or q^, and v as the kernel reads them.
+// The forward on Hopper; q, k, raw or q^, k^, and v as the kernel reads them.
 Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const ForwardCall& call,
-                           const Rows& q, const Rows& v) {
+                           const Rows& q, const Rows& k, const Rows& v) {
   const Problem& p = call.problem;
   const FloatType wide =
       call.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
@@ -253,20 +264,21 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
       call.arithmetic == Arithmetic::kBfloat16 ? FloatType::kBfloat16 : FloatType::kFloat16;
   FwdTmaParams params{.problem = p,
                       .q_batch = q.batch,
-                      .k_batch = call.k_hat.batch,
+                      .k_batch = k.batch,
                       .v_batch = v.batch,
                       .raw_v_batch = call.v.batch,
                       .listed = p.mask.keys != nullptr,
                       .q_is_raw = q.data == call.q.data,
+                      .k_is_raw = k.data == call.k.data,
                       .lse = call.lse,
                       .lse_low = call.lse_low,
                       .shift = call.shift,
                       .shift_log2 = call.shift * kLog2e,
                       .section = 1,
                       .next_tile = call.next_tile};
-  const Status status = make_tensor_maps(
+  Status status = make_tensor_maps(
       {{&params.q_map, "q", q, params.q_is_raw ? wide : hat, p.seqlen_q, p.num_heads, 64},
-       {&params.k_map, "k^", call.k_hat, hat, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.k_map, "k", k, params.k_is_raw ? wide : hat, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.raw_v_map, "v", call.v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.out_map, "out", call.out, wide, p.seqlen_q, p.num_heads, 64}},
@@ -274,8 +286,33 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
   if (!status.ok()) return status;
   // Heads taken together balance the tail, at the price of more keys in use at a time.
   if (has_window(p)) params.section = p.head_dim <= 64 ? 32 : 16;
-  return launch_persistent(stream, instance, params,
-                           ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch, true);
+  const int64_t tiles = ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch;
+  const bool clears = params.k_is_raw && tiles > multiprocessors();
+  if (clears) {
+    clear_counter<<<1, 1, 0, stream>>>(call.next_tile);
+    status = status_of(cudaGetLastError(), "clear_counter");
+    if (!status.ok()) return status;
+  }
+  return launch_persistent(stream, instance, params, tiles, clears || !params.k_is_raw);
+}
+
+// The forward that normalises k for every tile of queries again, where that takes less time than a pass over
+// all keys before it; null elsewhere. It depends on how many tiles see a key, by position. A single wave of
+// short tiles has the time anyhow.
+const Instance* find_raw_instance(const ForwardCall& call) {
+  constexpr int kMostKeys = 1024;
+  const Problem& p = call.problem;
+  const bool one_norm = p.groups == 1 || !p.l2norm, has_data = p.mask.data || p.q_segments.data;
+  if (!one_norm || has_data || call.unbounded || p.seqlen_k > kMostKeys) return nullptr;
+  const Instance* instance =
+      find_instance(Direction::kForward, call.arithmetic, false, p.head_dim, 0, true);
+  if (instance == nullptr) return nullptr;
+  const int64_t blocks = ceil_div(p.seqlen_q, instance->block_m);
+  const int half = p.seqlen_k / 2;
+  const int keys = std::min(p.seqlen_k, std::min(p.left, half) + std::min(p.right, half) + instance->block_m);
+  const int64_t most = p.head_dim <= 64 ? 3 : 5;
+  const bool pays = blocks * (p.num_heads / p.num_heads_kv) * keys <= most * p.seqlen_k;
+  return pays || blocks * p.num_heads * p.batch <= multiprocessors() ? instance : nullptr;
 }
 
 template <typename T, typename THat>
@@ -289,19 +326,28 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
   const bool is_sm90 = instance->family == Family::kSm90;
   const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
   const bool q_is_raw = is_sm90 && (p.groups == 1 || !p.l2norm);
+  const Instance* raw = is_sm90 ? find_raw_instance(call) : nullptr;
+  if (raw != nullptr) instance = raw;
+  // Without norms k serves as it is too, unless k^ has another type.
+  const bool k_is_raw = raw != nullptr || (q_is_raw && !p.l2norm && !listed && std::is_same_v<T, THat>);
   if (!q_is_raw) {
     status = normalize_q<T, THat>(stream, p, !call.unbounded, call.q, call.q_hat, nullptr);
     if (!status.ok()) return status;
   }
-  status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, call.next_tile);
-  if (!status.ok()) return status;
+  if (!k_is_raw) {
+    status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, call.next_tile);
+    if (!status.ok()) return status;
+  }
   Rows v = call.v;
   if (p.head_dim % 8 != 0 || listed) {
     status = copy_rows<T>(stream, p, call.v, p.seqlen_k, p.num_heads_kv, call.v_padded, listed);
     if (!status.ok()) return status;
     v = call.v_padded;
   }
-  if (is_sm90) return launch_forward_sm90(stream, *instance, call, q_is_raw ? call.q : call.q_hat, v);
+  if (is_sm90) {
+    return launch_forward_sm90(stream, *instance, call, q_is_raw ? call.q : call.q_hat,
+                               k_is_raw ? call.k : call.k_hat, v);
+  }
   const FwdParams params{.problem = p,
                          .q_hat = call.q_hat,
                          .k_hat = call.k_hat,
@@ -352,23 +398,16 @@ Status decode(cudaStream_t stream, const ForwardCall& call) {
   return status_of(cudaLaunchKernelEx(&config, kernel, params), "sum_splits");
 }
 
-// Zeros for what CTAs of the backward add to by atomics; dq_rows: of dq_accum for a head.
-Status clear_sums(cudaStream_t stream, const BackwardCall& call, int64_t dq_rows) {
-  const Problem& p = call.problem;
-  const size_t heads = size_t(p.batch) * p.num_heads, rows = heads * p.seqlen_q;
-  const size_t accum = call.arithmetic == Arithmetic::kThreeTf32 ? sizeof(double) : sizeof(float);
-  const struct {
-    void* data;
-    size_t bytes;
-  } sums[] = {{call.dq_accum, accum * heads * dq_rows * p.head_dim_padded},
-              {call.row_sums, sizeof(float2) * rows},
-              {call.dbias.data, sizeof(float) * call.dbias_size},
-              {call.dbias.wide, sizeof(double) * call.dbias_size},
-              {call.drelative_bias.wide, sizeof(double) * call.drelative_bias_size}};
+// Zeros for the gradients of biases, which CTAs of the backward add to by atomics.
+Status clear_biases(cudaStream_t stream, const BackwardCall& call) {
+  const std::pair<void*, size_t> sums[] = {
+      {call.dbias.data, sizeof(float) * call.dbias_size},
+      {call.dbias.wide, sizeof(double) * call.dbias_size},
+      {call.drelative_bias.wide, sizeof(double) * call.drelative_bias_size}};
   for (const auto& [data, bytes] : sums) {
     if (data == nullptr) continue;
     const Status status =
-        status_of(cudaMemsetAsync(data, 0, bytes, stream), "clearing sums of the backward");
+        status_of(cudaMemsetAsync(data, 0, bytes, stream), "clearing the gradient of a bias");
     if (!status.ok()) return status;
   }
   return {};
@@ -432,17 +471,18 @@ Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdPara
   return status_of(cudaGetLastError(), "summing the gradient of a bias");
 }
 
-// The backward on Hopper, for the same as `of`.
-Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& raw_v,
-                            int* next_tile) {
+// The backward on Hopper, for the same as `of`; k, raw or k^, as the kernel reads it.
+Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& k,
+                            const Rows& raw_v, int* next_tile) {
   const Problem& p = of.problem;
   const FloatType type =
       instance.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
   BwdTmaParams params{.problem = p,
-                      .k_batch = of.k_hat.batch,
+                      .k_batch = k.batch,
                       .v_batch = of.v.batch,
                       .raw_v_batch = raw_v.batch,
                       .listed = p.mask.keys != nullptr,
+                      .k_is_raw = k.data == of.k_raw.data,
                       .k_raw = of.k_raw,
                       .k_inverse_norm = of.k_inverse_norm,
                       .stats = of.stats,
@@ -454,7 +494,7 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
                       .next_tile = next_tile};
   const Status status = make_tensor_maps(
       {{&params.q_map, "q^", of.q_hat, type, p.seqlen_q, p.num_heads, instance.block_m},
-       {&params.k_map, "k^", of.k_hat, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.k_map, "k", k, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", of.v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.raw_v_map, "v", raw_v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.dout_map, "dO", of.dout, type, p.seqlen_q, p.num_heads, instance.block_m}},
@@ -468,7 +508,7 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
   }
   if (of.row_sums != nullptr) instance.kernel = instance.kernel_of_sums;
   return launch_persistent(stream, instance, params,
-                           ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv * p.batch);
+                           ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv * p.batch, true);
 }
 
 template <typename T>
@@ -480,10 +520,11 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  status = normalize_q<T, T>(stream, p, !call.unbounded, call.q, call.q_hat, call.q_inverse_norm);
-  if (!status.ok()) return status;
-  status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed, call.next_tile);
-  if (!status.ok()) return status;
+  const bool k_is_raw = is_sm90 && !listed && (p.groups == 1 || !p.l2norm);
+  if (!k_is_raw) {
+    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed);
+    if (!status.ok()) return status;
+  }
 
   Rows v = call.v, dout = call.dout;
   if (p.head_dim % 8 != 0 || listed) {
@@ -496,18 +537,6 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
     if (!status.ok()) return status;
     dout = call.dout_padded;
   }
-
-  const DeltaParams delta{.problem = p,
-                          .out = call.out,
-                          .dout = call.dout,
-                          .lse = call.lse,
-                          .lse_low = call.lse_low,
-                          .dlse = call.dlse,
-                          .log2_units = !call.unbounded,
-                          .stats = call.stats};
-  status = launch_rows<delta_rows<T, 4>, delta_rows<T, 8>, delta_rows<T, 16>, delta_rows<T, 32>>(
-      stream, "delta_rows", delta, p.batch, p.num_heads, call.stats.seqlen_padded);
-  if (!status.ok()) return status;
 
   BwdParams params{.problem = p,
                    .q_hat = call.q_hat,
@@ -523,24 +552,51 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                    .drelative_bias = call.drelative_bias,
                    .dk = call.dk,
                    .dv = call.dv};
+  if (!call.deterministic) status = clear_biases(stream, call);
+  if (!status.ok()) return status;
+  if (p.mask.keys != nullptr) {
+    for (const Rows& rows : {call.dk, call.dv}) {
+      const bool wide = p.head_dim * sizeof(T) % sizeof(uint4) == 0;
+      const auto kernel = wide ? clear_unlisted<T, uint4> : clear_unlisted<T, T>;
+      const int64_t blocks = int64_t(p.mask.cell_cols()) * p.batch;
+      if (blocks > INT_MAX) return {"clearing dk and dv: too many blocks for one launch"};
+      kernel<<<static_cast<unsigned>(blocks), kCellThreads, 0, stream>>>(p, rows);
+    }
+    status = status_of(cudaGetLastError(), "clearing dk and dv");
+    if (!status.ok()) return status;
+  }
+  // The pass over queries comes last: what follows it may start early.
+  const int64_t dq_rows = is_sm90 ? DqTiles::padded(p.seqlen_q) : p.seqlen_q;  // of a head
+  const int64_t sums = int64_t(p.batch) * p.num_heads * dq_rows * p.head_dim_padded;
+  const int64_t sum_bytes = call.arithmetic == Arithmetic::kThreeTf32 ? sizeof(double) : sizeof(float);
+  const QueryParams queries{.problem = p,
+                            .q = call.q,
+                            .out = call.out,
+                            .dout = call.dout,
+                            .lse = call.lse,
+                            .lse_low = call.lse_low,
+                            .dlse = call.dlse,
+                            .log2_units = !call.unbounded,
+                            .q_hat = call.q_hat,
+                            .q_inverse_norm = call.q_inverse_norm,
+                            .stats = call.stats,
+                            .sums = static_cast<uint4*>(call.dq_accum),
+                            .zeros = call.deterministic ? 0 : sums * sum_bytes / 16,
+                            .row_sums = call.row_sums,
+                            .next_tile = call.next_tile};
+  status = launch_rows<query_rows<T, 4>, query_rows<T, 8>, query_rows<T, 16>, query_rows<T, 32>>(
+      stream, "query_rows", queries, p.batch, p.num_heads, call.stats.seqlen_padded, kQueryRowsEach);
+  if (!status.ok()) return status;
   if (call.deterministic) {
     status = ordered_sums(stream, call, params);
+    if (!status.ok()) return status;
     params.dq_accum = nullptr;
     params.row_sums = nullptr;
     params.dbias = params.drelative_bias = {};
-  } else {
-    status = clear_sums(stream, call, is_sm90 ? DqTiles::padded(p.seqlen_q) : p.seqlen_q);
-  }
-  if (!status.ok()) return status;
-  if (p.mask.keys != nullptr) {  // keys that are not in a list
-    for (const Rows& rows : {call.dk, call.dv}) {
-      const size_t bytes = sizeof(T) * p.batch * p.num_heads_kv * size_t(p.seqlen_k) * p.head_dim;
-      status = status_of(cudaMemsetAsync(rows.data, 0, bytes, stream), "clearing dk and dv");
-      if (!status.ok()) return status;
-    }
   }
   if (is_sm90) {
-    status = launch_backward_sm90(stream, *instance, params, call.v, call.next_tile);
+    status = launch_backward_sm90(stream, *instance, params, k_is_raw ? call.k : call.k_hat, call.v,
+                                  call.next_tile);
   } else {
     status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
                              [&](const Instance& instance) {
@@ -565,7 +621,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   const auto finish = [&]<typename Accum>(Accum) {
     return launch_rows<finish_dq<T, Accum, 4>, finish_dq<T, Accum, 8>, finish_dq<T, Accum, 16>,
                        finish_dq<T, Accum, 32>>(stream, "finish_dq", dq, p.batch, p.num_heads,
-                                                p.seqlen_q);
+                                                p.seqlen_q, kDqRowsEach);
   };
   if constexpr (std::is_same_v<T, float>) {
     status = call.arithmetic == Arithmetic::kThreeTf32 ? finish(double{}) : finish(float{});
@@ -575,7 +631,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   if (!status.ok() || call.dscale == nullptr) return status;
   sum_dscale<<<static_cast<unsigned>(call.dscale_batch * p.num_heads), kSumThreads, 0, stream>>>(
       call.dscale_partials, call.dscale, p.batch, call.dscale_batch, p.num_heads,
-      static_cast<int>(row_blocks(p.head_dim, p.seqlen_q)));
+      static_cast<int>(ceil_div(row_blocks(p.head_dim, p.seqlen_q), kDqRowsEach)));
   return status_of(cudaGetLastError(), "sum_dscale");
 }
 

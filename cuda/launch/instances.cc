@@ -97,13 +97,13 @@ bool runs(const Instance& instance, int head_dim) {
 void limit_shared_memory(int bytes) { shared_memory_limit = bytes; }
 
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
-                              int head_dim, int packed_rows) {
+                              int head_dim, int packed_rows, bool raw) {
   constexpr int kStatic = 384;  // bytes that kernels declare themselves (ptxas -v)
   const int available = shared_memory() - kStatic;
   for (const Instance& instance : instances()) {
     if (instance.direction == direction && instance.arithmetic == arithmetic &&
         instance.unbounded == unbounded && instance.head_dim >= head_dim &&
-        instance.block_m >= packed_rows && instance.smem_bytes <= available &&
+        instance.block_m >= packed_rows && instance.raw == raw && instance.smem_bytes <= available &&
         runs(instance, head_dim)) {
       return &instance;
     }

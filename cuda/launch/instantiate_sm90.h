@@ -19,13 +19,17 @@ Instance sm90_fwd_instance(Arithmetic arithmetic) {
           .threads = Tile::kThreads,
           .smem_bytes = Tile::kSmemBytes,
           .block_m = Tile::kBlockM,
-          .block_n = Tile::kBlockN};
+          .block_n = Tile::kBlockN,
+          .raw = Tile::kRaw};
 }
 
 // TS: of q^ and k^, TV: of v.
 template <class TS, class TV, bool kShifted>
 InstanceRow sm90_fwd_row(Arithmetic arithmetic) {
-  return {sm90_fwd_instance<sm90::FwdTile<TS, TV, 64, kShifted>>(arithmetic),
+  return {sm90_fwd_instance<sm90::FwdTile<TS, TV, 64, kShifted, true>>(arithmetic),
+          sm90_fwd_instance<sm90::FwdTile<TS, TV, 96, kShifted, true>>(arithmetic),
+          sm90_fwd_instance<sm90::FwdTile<TS, TV, 128, kShifted, true>>(arithmetic),
+          sm90_fwd_instance<sm90::FwdTile<TS, TV, 64, kShifted>>(arithmetic),
           sm90_fwd_instance<sm90::FwdTile<TS, TV, 96, kShifted>>(arithmetic),
           sm90_fwd_instance<sm90::FwdTile<TS, TV, 128, kShifted>>(arithmetic),
           sm90_fwd_instance<sm90::FwdTile<TS, TV, 256, kShifted>>(arithmetic)};

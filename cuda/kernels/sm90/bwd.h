@@ -5,15 +5,18 @@
 // every query head of its group. Products are transposed, S^T = k^ q^T and dP^T = v dO^T, so that P^T and
 // dS^T are operands in registers of dv += P^T dO and dk^ += dS^T q^. dS^T also goes through shared memory,
 // where both warpgroups read all of it for dQ = dS k^, each for a half; dQ leaves as float32 reductions.
-// One producer warp brings q^ and dO with the rows' numbers into rings of tiles. CTAs are persistent and take
-// tiles of keys from a counter. First come the blocks in which some pair is forbidden: hiding it takes
-// branches, beside which no product may be in flight (ptxas serialises such, note C7514). In the others exp
-// runs beside the product of dP, and dS beside that of dv.
+// One producer warp brings q^ and dO with the rows' numbers into rings of tiles. Keys are read once; with one
+// norm each the consumers make them unit rows themselves. CTAs are persistent and take tiles of keys from a
+// counter. First come the blocks in which some pair is forbidden: hiding it takes branches, beside which no
+// product may be in flight (ptxas serialises such, note C7514). In the others exp runs beside the product of
+// dP, and dS beside that of dv.
 #pragma once
 
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
+#include "kernels/sm90/norm.h"
 #include "kernels/sm90/pipeline.h"
+#include "ptx/grid.h"
 
 namespace jca::sm90 {
 
@@ -55,6 +58,7 @@ struct BwdTile {
     T ds[2][kBlockM / 64][kBlockN][64];  // dS^T of this step and the last
     alignas(16) float lse[kStages][kBlockM];
     alignas(16) float delta[kStages][kBlockM];
+    float k_inverse_norm[kBlockN];  // of raw k
     ptx::Mbarrier k_full, v_full, keys_empty;
     ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
     ptx::Mbarrier ds_full;
@@ -504,6 +508,11 @@ struct BwdKernel {
             *reinterpret_cast<const float4*>(at(r, L::first() + 4 * i));
       }
     };
+    const auto store = [&](T* row, const float (&x)[L::kElems]) {
+      const auto pack = [&](int e) { return sm80::Half16<T>::pack(x[e], x[e + 1]); };
+      if (L::first() >= p.head_dim) return;
+      *reinterpret_cast<uint4*>(row + L::first()) = {pack(0), pack(2), pack(4), pack(6)};
+    };
     const auto row_of = [&](int turn) { return turn * kAtOnce + lane / kLanes; };
     // Keys that are not in a list have been given zeros.
     const Visible& visible = work.visible;
@@ -532,14 +541,17 @@ struct BwdKernel {
     for (int turn = 0; turn < kTurns; ++turn) {
       float x[L::kElems];
       take(x, row_of(turn));
-      if (positions[turn] >= 0) L::store(gdV.row(positions[turn]), x, p.head_dim);
+      if (positions[turn] >= 0) store(gdV.row(positions[turn]), x);
     }
     put(keys.dk);
     float a[kTurns][L::kElems], k[kTurns][L::kElems], magnitudes[kTurns], dots[kTurns];
     const float* inverse_norms[kTurns];
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      inverse_norms[turn] = params.k_inverse_norm + (norm_row + min(key_of(turn), p.seqlen_k - 1)) * p.groups;
+      inverse_norms[turn] =
+          params.k_is_raw
+              ? shared.k_inverse_norm + first + row_of(turn)
+              : params.k_inverse_norm + (norm_row + min(key_of(turn), p.seqlen_k - 1)) * p.groups;
       take(a[turn], row_of(turn));
       magnitudes[turn] = 0.f;
 #pragma unroll
@@ -560,10 +572,14 @@ struct BwdKernel {
         k[turn][e + 1] = live ? pair.y : 0.f;
       }
     }
-    L::norm_backward(a, k, inverse_norms, dots, p.groups, p.head_dim, p.l2norm);
+    if (p.groups == 1) {
+      L::template norm_backward<true>(a, k, inverse_norms, dots, 1, p.head_dim, p.l2norm);
+    } else {
+      L::norm_backward(a, k, inverse_norms, dots, p.groups, p.head_dim, p.l2norm);
+    }
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
-      if (positions[turn] >= 0) L::store(gdK.row(positions[turn]), a[turn], p.head_dim);
+      if (positions[turn] >= 0) store(gdK.row(positions[turn]), a[turn]);
     }
     ptx::fence_async_shared();
     release(shared.keys_empty);
@@ -584,6 +600,12 @@ struct BwdKernel {
       for (int n = 0; n < kH; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) keys.dk[n][e] = keys.dv[n][e] = 0.f;
+      }
+      if (params.k_is_raw && p.l2norm) {
+        normalize_tile<T, kConsumerThreads>(
+            shared.k, 1.f, true, threadIdx.x - 128,
+            [&](int row, float inverse_norm) { shared.k_inverse_norm[row] = inverse_norm; });
+        ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
       }
       shared.v_full.wait(at_keys.parity);
       // Every key is seen in a full block.
@@ -624,6 +646,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     ptx::fence_mbarrier_init();
   }
+  ptx::wait_for_prerequisite_grids();
   __syncthreads();
   BwdKernel<Tile> kernel{params, params.problem, shared};
   if (warpgroup == 0) {

@@ -2,7 +2,8 @@
 //
 // P = exp(S - c) with a constant c, so O and the row sums are plain sums over blocks of keys in any order.
 // In the first warpgroup one warp plans a tile ahead, one has q, k^ and v brought into rings of tiles, and
-// one has out stored; every other warpgroup owns 64 rows of the query tile. CTAs are persistent and take
+// one has out stored; the others own 64 rows of the query tile each. Where q and k come raw, one warpgroup
+// more makes unit rows of them between their arrival and their use. CTAs are persistent and take
 // tiles from a counter. First come the blocks in which some pair is forbidden, then the others. exp(S) of
 // one block runs beside P v of the block before; no branch stands between the start of products and the
 // wait for them (ptxas would serialise wgmma that are in flight across one, note C7514).
@@ -11,28 +12,31 @@
 #include "kernels/lse.h"
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
+#include "kernels/sm90/norm.h"
 #include "kernels/sm90/pipeline.h"
 #include "ptx/grid.h"
 
 namespace jca::sm90 {
 
-// TS: element type of q^ and k^; TV: of v, P and out. kShifted: c is not 0.
-template <class TS_, class TV_, int kHeadDim_, bool kShifted_>
+// TS: element type of q^ and k^; TV: of v, P and out. kShifted: c is not 0. kRaw: q and k come raw, and one
+// more warpgroup makes q^ and k^ of them; without masks and segments.
+template <class TS_, class TV_, int kHeadDim_, bool kShifted_, bool kRaw_ = false>
 struct FwdTile {
   using TS = TS_;
   using TV = TV_;
-  static constexpr bool kUnbounded = false, kSmall = false, kShifted = kShifted_;
+  static constexpr bool kUnbounded = false, kSmall = false, kShifted = kShifted_, kRaw = kRaw_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kHeadDim <= 64 ? 4 : 2;  // warpgroups
+  static constexpr int kConsumers = kHeadDim <= 64 && !kRaw ? 4 : 2;  // warpgroups
   static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kHeadDim <= 64 || kHeadDim > 128 ? 64 : 128;
-  static constexpr int kStages = kHeadDim <= 64 ? 8 : 2;
+  static constexpr int kBlockN = kHeadDim <= 64 || kHeadDim > 128 || kRaw ? 64 : 128;
+  static constexpr int kStages = kHeadDim <= 64 ? 8 : kRaw ? 4 : 2;
   static constexpr int kQueryStages = kHeadDim <= 128 ? 2 : 1;
   static constexpr int kChunks = (kHeadDim + 63) / 64;  // columns come in chunks of 128 bytes, the swizzle's
-  static constexpr int kThreads = 128 * (1 + kConsumers);
+  static constexpr int kThreads = 128 * (1 + kConsumers + kRaw);
   // Of 64 K registers, granted evenly at launch.
   static constexpr int kProducerRegisters = kConsumers == 4 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : 232;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kRaw ? 168 : 232;
+  static constexpr int kNormalizerRegisters = 136;
 
   static constexpr int kPlans = 2;
 
@@ -55,6 +59,7 @@ struct FwdTile {
     TS k[kStages][kChunks][kBlockN][64];
     TV v[kStages][kChunks][kBlockN][64];
     ptx::Mbarrier q_full[kQueryStages], q_empty[kQueryStages], out_full[kQueryStages];
+    ptx::Mbarrier q_raw[kQueryStages], k_raw[kStages];  // full of raw rows; with kRaw
     ptx::Mbarrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     ptx::Mbarrier plan_full[kPlans], plan_empty[kPlans];
     Plan plan[kPlans];
@@ -98,7 +103,6 @@ struct FwdKernel {
     plan.head_kv = plan.head / (p.num_heads / p.num_heads_kv);
     plan.q_entry = params.q_batch(plan.b);
     plan.k_entry = params.k_batch(plan.b);
-    plan.fold = p.scale(plan.b, plan.head) * kLog2e;
   }
 
   // Rows past the end are not stored: they forbid nothing.
@@ -125,6 +129,7 @@ struct FwdKernel {
       }
       if (lane == 0) {
         locate(plan, tile);
+        const float scale = p.scale(plan.b, plan.head);  // on its way beside what follows
         plan.visible = Visible(p, plan.b);
         const Visible& visible = plan.visible;
         const bool raw_v = params.listed && visible.keys == nullptr;
@@ -146,9 +151,10 @@ struct FwdKernel {
         plan.has_dead_keys = p.mask.data != nullptr || p.q_segments.data != nullptr ||
                              visible.first_key(0) > 0 ||
                              visible.end_key(visible.seqlen_q - 1) < p.seqlen_k;
+        plan.fold = scale * kLog2e;
       }
       __syncwarp();
-      if (plan.by_data) {
+      if (!Tile::kRaw && plan.by_data) {
         BlockCounts counts;
         counts.add(plan.first, plan.last, [&](int block) { return kind_of(plan, block); });
         __syncwarp();
@@ -160,8 +166,11 @@ struct FwdKernel {
       }
       if (lane == 0) {
         shared.plan_full[at.stage].arrive();
-        ptx::wait_for_prerequisite_grids();  // for the counter
-        tile = atomicAdd(params.next_tile, 1) + gridDim.x;
+        tile = tiles(p);
+        if (tile > gridDim.x) {
+          ptx::wait_for_prerequisite_grids();  // for the counter
+          tile = atomicAdd(params.next_tile, 1) + gridDim.x;
+        }
       }
       tile = __shfl_sync(0xffffffff, tile, 0);
     }
@@ -171,16 +180,18 @@ struct FwdKernel {
 
   __device__ void load() {
     const bool leader = threadIdx.x % 32 == 0;
+    PlanRing at;
     QueryRing at_q;
     KeyRing at_k, at_v;
-    for (PlanRing at;; at.advance(), at_q.advance()) {
+    // q of the next plan, if there is one.
+    const auto load_q = [&] {
       const Plan& plan = shared.plan[at.stage];
-      ptx::Mbarrier& q_full = shared.q_full[at_q.stage];
+      ptx::Mbarrier& q_full = (Tile::kRaw ? shared.q_raw : shared.q_full)[at_q.stage];
       shared.plan_full[at.stage].wait(at.parity);
       shared.q_empty[at_q.stage].wait(at_q.parity ^ 1);
       if (plan.m_block < 0) {
         if (leader) q_full.arrive();
-        break;
+        return;
       }
       if (!params.q_is_raw) ptx::wait_for_prerequisite_grids();
       if (leader) {
@@ -192,7 +203,14 @@ struct FwdKernel {
           }
         }
       }
-      ptx::wait_for_prerequisite_grids();
+      __syncwarp();
+      at_q.advance();
+    };
+    load_q();
+    if (!params.k_is_raw) ptx::wait_for_prerequisite_grids();
+    while (shared.plan[at.stage].m_block >= 0) {
+      const int stage = at.stage;
+      const Plan& plan = shared.plan[stage];
       const auto load_v = [&](int block) {
         shared.v_empty[at_v.stage].wait(at_v.parity ^ 1);
         if (leader) {
@@ -212,7 +230,7 @@ struct FwdKernel {
         shared.k_empty[at_k.stage].wait(at_k.parity ^ 1);
         if (leader) {
           shared.block[at_k.stage] = block;
-          ptx::Mbarrier& k_full = shared.k_full[at_k.stage];
+          ptx::Mbarrier& k_full = (Tile::kRaw ? shared.k_raw : shared.k_full)[at_k.stage];
           k_full.arrive_and_expect(sizeof(shared.k[0]));
           for (int c = 0; c < Tile::kChunks; ++c) {
             ptx::tensor_load(shared.k[at_k.stage][c], params.k_map, k_full, 64 * c, block * kBlockN,
@@ -224,7 +242,7 @@ struct FwdKernel {
         if (previous >= 0) load_v(previous);
         previous = block;
       };
-      if (plan.by_data) {
+      if (!Tile::kRaw && plan.by_data) {
         for (const bool all : {false, true}) {
           if (plan.counts.of(all) == 0) continue;
           for_each_block(shared.window, plan.first, plan.last, all,
@@ -240,8 +258,12 @@ struct FwdKernel {
           for (int block = range.x; block < range.y; ++block) load_block(block);
         }
       }
+      at.advance();
+      // q of the next tile, which the last v would hold up; but its place may be that of this one's.
+      if (Tile::kQueryStages > 1) load_q();
       if (previous >= 0) load_v(previous);
-      release(shared.plan_empty[at.stage]);
+      if (Tile::kQueryStages == 1) load_q();
+      release(shared.plan_empty[stage]);
     }
   }
 
@@ -268,6 +290,34 @@ struct FwdKernel {
       release(shared.plan_empty[at_plan.stage]);
     }
     ptx::store_wait();
+  }
+
+  // ---- The warpgroup that makes q^ and k^ of raw rows, in place.
+
+  __device__ void normalize(TS (&tile)[Tile::kChunks][64][64], float fold) const {
+    normalize_tile<TV, 128>(tile, fold, p.l2norm, threadIdx.x % 128, [](int, float) {});
+  }
+
+  __device__ void normalize_tiles() {
+    PlanRing at_plan;
+    KeyRing at_k;
+    for (QueryRing at_q;; at_q.advance(), at_plan.advance()) {
+      shared.q_raw[at_q.stage].wait(at_q.parity);
+      const Plan& plan = shared.plan[at_plan.stage];
+      const bool done = plan.m_block < 0;
+      const int blocks = plan.counts.partial + plan.counts.full;
+      if (!done) {
+        for (auto& rows : shared.q[at_q.stage]) normalize(rows, plan.fold);
+      }
+      release(shared.q_full[at_q.stage]);
+      if (done) break;
+#pragma unroll 1
+      for (int i = 0; i < blocks; ++i, at_k.advance()) {
+        shared.k_raw[at_k.stage].wait(at_k.parity);
+        normalize(shared.k[at_k.stage], 1.f);
+        release(shared.k_full[at_k.stage]);
+      }
+    }
   }
 
   // ---- Consumers: 64 rows each.
@@ -305,13 +355,13 @@ struct FwdKernel {
     const auto greater = [](float x, float y) { return fmaxf(x, y); };
 
     const float fold = plan.fold;
-    float before[2] = {1.f, 1.f}, after[2] = {fold, fold};  // q^ = (q * before) * after
+    float factor[2] = {fold, fold};
     if (p.l2norm) {
-      float squares[2];
+      float squares[2], scale[2] = {1.f, 1.f};
       const auto sum_squares = [&] {
         squares[0] = squares[1] = 0.f;
         for_pairs([&](float2 pair, int half) {
-          const float x = pair.x * before[half], y = pair.y * before[half];
+          const float x = pair.x * scale[half], y = pair.y * scale[half];
           squares[half] += x * x + y * y;
         });
         for (int half = 0; half < 2; ++half) squares[half] = over_row(squares[half], add);
@@ -323,14 +373,13 @@ struct FwdKernel {
         for_pairs([&](float2 pair, int half) {
           largest[half] = fmaxf(largest[half], fmaxf(fabsf(pair.x), fabsf(pair.y)));
         });
-        for (int half = 0; half < 2; ++half) before[half] = exact_scale(over_row(largest[half], greater));
+        for (int half = 0; half < 2; ++half) scale[half] = exact_scale(over_row(largest[half], greater));
         sum_squares();
       }
       for (int half = 0; half < 2; ++half) {
         const float norm = sqrtf(squares[half]);
-        const bool live = norm >= kMinNorm * before[half];
-        after[half] = fold / (live ? norm : kMinNorm);
-        if (!live) before[half] = 1.f;
+        const bool live = norm >= kMinNorm * scale[half];
+        factor[half] = live ? fold / norm * scale[half] : fold / kMinNorm;
       }
     }
 #pragma unroll
@@ -340,8 +389,7 @@ struct FwdKernel {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const float2 pair = sm80::Half16<TV>::unpack(x[e]);
-        x[e] = sm80::Half16<TS>::pack(pair.x * before[e % 2] * after[e % 2],
-                                      pair.y * before[e % 2] * after[e % 2]);
+        x[e] = sm80::Half16<TS>::pack(pair.x * factor[e % 2], pair.y * factor[e % 2]);
       }
       ptx::stmatrix_x4(address(i), x[0], x[1], x[2], x[3]);
     }
@@ -482,15 +530,20 @@ struct FwdKernel {
 
   __device__ void consume(int warpgroup) {
     PlanRing at_plan;
-    KeyRing at_k, at_v;
-    KeyRing pending;  // v of the weights at hand
+    KeyRing at;       // the block whose weights are next
+    KeyRing pending;  // that of the weights at hand, whose v is next
     Rows64 rows;
+    // Of several tiles: what one warpgroup does beside nothing, between two of them, runs beside products of
+    // the other if they start apart.
+    if (Tile::kRaw && tiles(p) > int(gridDim.x)) {
+      for (const long long start = clock64(); clock64() - start < 1200 * warpgroup;) {}
+    }
     for (QueryRing at_q;; at_q.advance(), at_plan.advance()) {
       shared.q_full[at_q.stage].wait(at_q.parity);
       const Plan& plan = shared.plan[at_plan.stage];
       if (plan.m_block < 0) break;
       const int m0 = plan.m_block * kBlockM + warpgroup * 64;  // of this warpgroup
-      if (params.q_is_raw) normalize_q(at_q.stage, warpgroup, plan);
+      if (!Tile::kRaw && params.q_is_raw) normalize_q(at_q.stage, warpgroup, plan);
 #pragma unroll
       for (int n = 0; n < kNV; ++n) {
 #pragma unroll
@@ -504,12 +557,16 @@ struct FwdKernel {
       unsigned words[kWords][1][2];
       int2 ranges[1][2];
       FragmentAt fragment(m0 + int(threadIdx.x) / 32 % 4 * 16, 0);
-      const auto first_key = [&] { return shared.block[at_k.stage] * kBlockN; };
+      const auto first_key = [&] { return shared.block[at.stage] * kBlockN; };
       const auto find_words = [&] {
         fragment = FragmentAt(m0 + int(threadIdx.x) / 32 % 4 * 16, first_key());
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          find_allowed<kN>(words[w], p, plan.visible, plan.head, fragment, w * kBlocksPerWord<kN>);
+          if constexpr (Tile::kRaw) {
+            words[w][0][0] = words[w][0][1] = ~0u;
+          } else {
+            find_allowed<kN>(words[w], p, plan.visible, plan.head, fragment, w * kBlocksPerWord<kN>);
+          }
         }
       };
       const auto hide_words = [&] {
@@ -518,18 +575,15 @@ struct FwdKernel {
           hide(rows.s, words[w], ranges, fragment, w * kBlocksPerWord<kN>);
         }
       };
-      const auto took_k = [&] {
-        release(shared.k_empty[at_k.stage]);
-        at_k.advance();
-      };
+      const auto took_k = [&] { release(shared.k_empty[at.stage]); };
       const auto took_v = [&] {
         ptx::wgmma_wait<0>();
         release(shared.v_empty[pending.stage]);
       };
       const auto make_weights = [&](auto is_partial) {
         round_weights(rows);
-        pending = at_v;
-        at_v.advance();
+        pending = at;
+        at.advance();
         if constexpr (decltype(is_partial)::value) {
           if (plan.has_dead_keys) {
             shared.v_full[pending.stage].wait(pending.parity);
@@ -540,9 +594,9 @@ struct FwdKernel {
       // Weights of the first block.
       const auto start = [&](auto is_partial) {
         constexpr bool kHide = decltype(is_partial)::value;
-        shared.k_full[at_k.stage].wait(at_k.parity);
+        shared.k_full[at.stage].wait(at.parity);
         if constexpr (kHide) find_words();
-        start_qk(rows, at_q.stage, warpgroup, at_k.stage);
+        start_qk(rows, at_q.stage, warpgroup, at.stage);
         ptx::wgmma_wait<0>();
         pin(rows.s[0]);
         took_k();
@@ -553,9 +607,9 @@ struct FwdKernel {
       // The product of the last weights with v, and the weights of the next block.
       const auto step = [&](auto is_partial) {
         constexpr bool kHide = decltype(is_partial)::value;
-        shared.k_full[at_k.stage].wait(at_k.parity);
+        shared.k_full[at.stage].wait(at.parity);
         if constexpr (kHide) find_words();
-        start_qk(rows, at_q.stage, warpgroup, at_k.stage);
+        start_qk(rows, at_q.stage, warpgroup, at.stage);
         shared.v_full[pending.stage].wait(pending.parity);
         start_pv(rows, pending.stage);
         ptx::wgmma_wait<1>();
@@ -567,28 +621,22 @@ struct FwdKernel {
         took_v();
         make_weights(is_partial);
       };
-      // What position tells of this warpgroup's rows: keys [seen.x, seen.y) some see, [all.x, all.y) all.
-      int2 seen{0, 0}, all{0, 0};
+      // What position tells of this warpgroup's rows.
       const auto kind = [&]() -> BlockKind {
-        const int n0 = first_key(), n1 = n0 + kBlockN;
-        return {n0 < seen.y && n1 > seen.x, n0 >= all.x && n1 <= all.y};
+        const Visible& visible = plan.visible;
+        const int last = min(m0 + 64, visible.seqlen_q) - 1, n0 = first_key(), n1 = n0 + kBlockN;
+        if (m0 > last) return {false, false};
+        return {n0 < visible.end_key(last) && n1 > visible.first_key(m0),
+                n0 >= visible.first_key(last) && n1 <= visible.end_key(m0)};
       };
 
       constexpr std::true_type kPartial;
       constexpr std::false_type kFull;
       bool started = false;
-      if (plan.counts.partial > 0) {
-        const Visible& visible = plan.visible;
-        find_ranges(ranges, visible, fragment);
-        const int last = min(m0 + 64, visible.seqlen_q) - 1;
-        if (m0 <= last) {
-          seen = {visible.first_key(m0), visible.end_key(last)};
-          all = {visible.first_key(last), visible.end_key(m0)};
-        }
-      }
+      if (plan.counts.partial > 0) find_ranges(ranges, plan.visible, fragment);
 #pragma unroll 1
       for (int i = plan.counts.partial; i > 0; --i) {
-        shared.k_full[at_k.stage].wait(at_k.parity);
+        shared.k_full[at.stage].wait(at.parity);
         // All consumers look at v where keys may be dead, as masks and segments leave them, and so take
         // every block. Elsewhere a warpgroup that skips one still holds v of the block before.
         static_assert((kBlockM - 64 + kBlockN - 1) / kBlockN < Tile::kStages);
@@ -604,9 +652,9 @@ struct FwdKernel {
           step(kFull);
         } else {
           took_k();
-          shared.v_full[at_v.stage].wait(at_v.parity);
-          release(shared.v_empty[at_v.stage]);
-          at_v.advance();
+          shared.v_full[at.stage].wait(at.parity);
+          release(shared.v_empty[at.stage]);
+          at.advance();
         }
       }
       int full = plan.counts.full;
@@ -649,8 +697,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
          {&params.q_map, &params.k_map, &params.v_map, &params.raw_v_map, &params.out_map}) {
       ptx::prefetch_tensor_map(*map);
     }
+    constexpr int kFillers = Tile::kRaw ? 4 : 1;  // warps that normalise, or the one that loads
     for (int i = 0; i < Tile::kQueryStages; ++i) {
-      shared.q_full[i].init(1);
+      shared.q_raw[i].init(1);
+      shared.q_full[i].init(kFillers);
       shared.q_empty[i].init(1);
       shared.out_full[i].init(4 * Tile::kConsumers);
     }
@@ -659,7 +709,8 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       shared.plan_empty[i].init(2);  // the warps that load and store
     }
     for (int i = 0; i < Tile::kStages; ++i) {
-      shared.k_full[i].init(1);
+      shared.k_raw[i].init(1);
+      shared.k_full[i].init(kFillers);
       shared.v_full[i].init(1);
       shared.k_empty[i].init(4 * Tile::kConsumers);
       shared.v_empty[i].init(4 * Tile::kConsumers);
@@ -674,6 +725,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (warp == 0) kernel.load();
     if (warp == 1) kernel.make_plans();
     if (warp == 2) kernel.store();
+  } else if (Tile::kRaw && warpgroup > Tile::kConsumers) {
+    ptx::more_registers<Tile::kNormalizerRegisters>();
+    if constexpr (Tile::kRaw) kernel.normalize_tiles();
   } else {
     ptx::more_registers<Tile::kConsumerRegisters>();
     kernel.consume(warpgroup - 1);
