@@ -20,15 +20,15 @@
 
 namespace jca::sm90 {
 
-// kSums: adds up rows of dS and of P S, for dscale.
-template <class T_, int kHeadDim_, bool kSums_>
+// kSums: adds up rows of dS and of P S, for dscale. kStages: of the rings of q^ and dO.
+template <class T_, int kHeadDim_, bool kSums_, int kStages_ = 2>
 struct BwdTile {
   using T = T_;
   static constexpr bool kSums = kSums_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = 2;  // warpgroups
   static constexpr int kBlockM = kHeadDim <= 64 ? 128 : 64, kBlockN = 64 * kConsumers;
-  static constexpr int kStages = 2;
+  static constexpr int kStages = kStages_;
   static constexpr int kChunks = kHeadDim / 64;  // columns come in chunks of 128 bytes, the swizzle's
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Of 64 K registers, granted evenly at launch.

@@ -18,24 +18,35 @@
 
 namespace jca::sm90 {
 
+// Warpgroups of consumers, keys of a block, stages of the rings of k and v, and of that of q.
+struct FwdShape {
+  int consumers, block_n, stages, query_stages;
+};
+
+// Those that ship; benchmarks/tune.py times those of launch/instantiate_sm90.h beside them.
+constexpr FwdShape fwd_shape(int head_dim, bool raw) {
+  if (head_dim <= 64) return {raw ? 2 : 4, 64, 8, 2};
+  if (head_dim > 128) return {2, 64, 2, 1};
+  return raw ? FwdShape{2, 64, 4, 2} : FwdShape{2, 128, 2, 2};
+}
+
 // TS: element type of q^ and k^; TV: of v, P and out. kShifted: c is not 0. kRaw: q and k come raw, and one
 // more warpgroup makes q^ and k^ of them; without masks and segments.
-template <class TS_, class TV_, int kHeadDim_, bool kShifted_, bool kRaw_ = false>
+template <class TS_, class TV_, int kHeadDim_, bool kShifted_, bool kRaw_ = false,
+          FwdShape kShape = fwd_shape(kHeadDim_, kRaw_)>
 struct FwdTile {
   using TS = TS_;
   using TV = TV_;
   static constexpr bool kUnbounded = false, kSmall = false, kShifted = kShifted_, kRaw = kRaw_;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kConsumers = kHeadDim <= 64 && !kRaw ? 4 : 2;  // warpgroups
-  static constexpr int kBlockM = 64 * kConsumers;
-  static constexpr int kBlockN = kHeadDim <= 64 || kHeadDim > 128 || kRaw ? 64 : 128;
-  static constexpr int kStages = kHeadDim <= 64 ? 8 : kRaw ? 4 : 2;
-  static constexpr int kQueryStages = kHeadDim <= 128 ? 2 : 1;
+  static constexpr int kConsumers = kShape.consumers;
+  static constexpr int kBlockM = 64 * kConsumers, kBlockN = kShape.block_n;
+  static constexpr int kStages = kShape.stages, kQueryStages = kShape.query_stages;
   static constexpr int kChunks = (kHeadDim + 63) / 64;  // columns come in chunks of 128 bytes, the swizzle's
   static constexpr int kThreads = 128 * (1 + kConsumers + kRaw);
   // Of 64 K registers, granted evenly at launch.
-  static constexpr int kProducerRegisters = kConsumers == 4 ? 32 : 40;
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kRaw ? 168 : 232;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kRaw ? 168 : 232;
   static constexpr int kNormalizerRegisters = 136;
 
   static constexpr int kPlans = 2;
