@@ -48,6 +48,8 @@ py::list instances() {
     row["block_m"] = instance.block_m;
     row["block_n"] = instance.block_n;
     row["smem_bytes"] = instance.smem_bytes;
+    row["stages"] = instance.stages;
+    row["candidate"] = instance.candidate;
     rows.append(row);
   }
   return rows;
@@ -60,5 +62,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("build_info", &build_info, "What the kernels were built with.");
   m.def("limit_shared_memory", &jca::limit_shared_memory,
         "For tests: chooses kernels as on a GPU with this many bytes for a CTA; 0: as the device says.");
+  m.def("select_candidate", &jca::select_candidate,
+        "For benchmarks/tune.py: takes this candidate where there is one; 0: the shipped kernels.");
   m.def("instances", &instances, "The launch table: one dict for each compiled kernel.");
 }

@@ -11,5 +11,9 @@ def build_info() -> dict[str, str]:
 def limit_shared_memory(bytes: int, /) -> None:
     """For tests: chooses kernels as if a CTA had this many bytes; 0: as the device says."""
 
+def select_candidate(number: int, /) -> None:
+    """For benchmarks/tune.py: takes the instances with this `candidate` where there are any and
+    they fit; 0: the shipped ones."""
+
 def instances() -> list[dict[str, Any]]:
     """The launch table: one dict for each compiled kernel."""

@@ -156,7 +156,10 @@ def run(instance: dict) -> None:
                 results += jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*args)
         for result in jax.tree.leaves(results):
             assert np.isfinite(np.asarray(result, np.float32)).all(), (instance, name)
-        of = ("family", "direction", "arithmetic", "unbounded", "small", "raw", "head_dim")
+        of = (
+            "family", "direction", "arithmetic", "unbounded", "small", "raw", "head_dim",
+            "candidate",
+        )  # fmt: skip
         print(*(instance[x] for x in of), name, flush=True)
 
 
@@ -164,4 +167,5 @@ if __name__ == "__main__":
     first, processes = (int(x) for x in sys.argv[1:] or (0, 1))
     for instance in _cuda.instances()[first::processes]:
         _cuda.limit_shared_memory(shared_memory(instance))
+        _cuda.select_candidate(instance["candidate"])
         run(instance)

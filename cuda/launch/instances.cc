@@ -71,7 +71,7 @@ std::span<const Instance> instances() {
 
 namespace {
 
-std::atomic<int> shared_memory_limit{0};
+std::atomic<int> shared_memory_limit{0}, selected_candidate{0};
 
 int shared_memory() {
   if (const int limit = shared_memory_limit; limit > 0) return limit;
@@ -96,19 +96,24 @@ bool runs(const Instance& instance, int head_dim) {
 
 void limit_shared_memory(int bytes) { shared_memory_limit = bytes; }
 
+void select_candidate(int number) { selected_candidate = number; }
+
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
                               int head_dim, int packed_rows, bool raw) {
   constexpr int kStatic = 384;  // bytes that kernels declare themselves (ptxas -v)
   const int available = shared_memory() - kStatic;
+  const Instance* found = nullptr;
   for (const Instance& instance : instances()) {
-    if (instance.direction == direction && instance.arithmetic == arithmetic &&
+    if (found != nullptr && instance.candidate == 0) break;  // past the candidates beside it
+    if ((instance.candidate == 0 || instance.candidate == selected_candidate) &&
+        instance.direction == direction && instance.arithmetic == arithmetic &&
         instance.unbounded == unbounded && instance.head_dim >= head_dim &&
         instance.block_m >= packed_rows && instance.raw == raw && instance.smem_bytes <= available &&
         runs(instance, head_dim)) {
-      return &instance;
+      found = &instance;
     }
   }
-  return nullptr;
+  return found;
 }
 
 }  // namespace jca

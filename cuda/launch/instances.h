@@ -32,7 +32,9 @@ struct Instance {
   int smem_bytes;
   int block_m, block_n;
   const void* kernel_of_sums = nullptr;  // where another takes backward calls that want dscale
-  bool raw = false;  // forward on Hopper: normalises q and k itself; without masks and segments
+  bool raw = false;   // forward on Hopper: normalises q and k itself; without masks and segments
+  int stages = 0;     // on Hopper, of the rings of k and v, or of q^ and dO
+  int candidate = 0;  // the shipped one; in a build for tuning others follow it, numbered from 1
 };
 
 const char* name(Direction direction);
@@ -40,7 +42,7 @@ const char* name(Arithmetic arithmetic);
 const char* name(Family family);
 
 // All of them; those of one direction in the order family (the newest first), unbounded, arithmetic, small,
-// raw ones first, head_dim, block_m.
+// raw ones first, head_dim, block_m; candidates follow the shipped one.
 std::span<const Instance> instances();
 
 // The smallest instance that holds head_dim and, of decode, all packed rows, and that the current device
@@ -51,5 +53,8 @@ const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool u
 
 // For tests: finds instances as on a GPU that grants a CTA this many bytes; 0: as the device says.
 void limit_shared_memory(int bytes);
+
+// For benchmarks/tune.py: finds this candidate where there is one that fits; 0: the shipped instances.
+void select_candidate(int number);
 
 }  // namespace jca

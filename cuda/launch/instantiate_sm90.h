@@ -1,4 +1,5 @@
-// Builds the rows of the launch table for Hopper; included by the sm90_*.cu files alone.
+// Builds the rows of the launch table for Hopper; included by the sm90_*.cu files alone. A build for tuning
+// has candidates too, tiles that benchmarks/tune.py times beside the shipped ones.
 #pragma once
 
 #include "kernels/sm90/bwd.h"
@@ -8,7 +9,7 @@
 namespace jca {
 
 template <class Tile>
-Instance sm90_fwd_instance(Arithmetic arithmetic) {
+Instance sm90_fwd_instance(Arithmetic arithmetic, int candidate = 0) {
   return {.direction = Direction::kForward,
           .arithmetic = arithmetic,
           .family = Family::kSm90,
@@ -20,25 +21,39 @@ Instance sm90_fwd_instance(Arithmetic arithmetic) {
           .smem_bytes = Tile::kSmemBytes,
           .block_m = Tile::kBlockM,
           .block_n = Tile::kBlockN,
-          .raw = Tile::kRaw};
+          .raw = Tile::kRaw,
+          .stages = Tile::kStages,
+          .candidate = candidate};
 }
 
 // TS: of q^ and k^, TV: of v.
 template <class TS, class TV, bool kShifted>
 InstanceRow sm90_fwd_row(Arithmetic arithmetic) {
-  return {sm90_fwd_instance<sm90::FwdTile<TS, TV, 64, kShifted, true>>(arithmetic),
-          sm90_fwd_instance<sm90::FwdTile<TS, TV, 96, kShifted, true>>(arithmetic),
-          sm90_fwd_instance<sm90::FwdTile<TS, TV, 128, kShifted, true>>(arithmetic),
-          sm90_fwd_instance<sm90::FwdTile<TS, TV, 64, kShifted>>(arithmetic),
-          sm90_fwd_instance<sm90::FwdTile<TS, TV, 96, kShifted>>(arithmetic),
-          sm90_fwd_instance<sm90::FwdTile<TS, TV, 128, kShifted>>(arithmetic),
-          sm90_fwd_instance<sm90::FwdTile<TS, TV, 256, kShifted>>(arithmetic)};
+  using sm90::FwdShape, sm90::FwdTile;
+  return {sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted, true>>(arithmetic),
+          sm90_fwd_instance<FwdTile<TS, TV, 96, kShifted, true>>(arithmetic),
+          sm90_fwd_instance<FwdTile<TS, TV, 128, kShifted, true>>(arithmetic),
+          sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted>>(arithmetic),
+#ifdef JAX_COSINE_ATTN_TUNE
+          sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted, false, FwdShape{4, 64, 6, 2}>>(arithmetic, 1),
+          sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted, false, FwdShape{3, 64, 8, 2}>>(arithmetic, 2),
+          sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted, false, FwdShape{3, 128, 4, 2}>>(arithmetic, 3),
+          sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted, false, FwdShape{2, 128, 4, 2}>>(arithmetic, 4),
+#endif
+          sm90_fwd_instance<FwdTile<TS, TV, 96, kShifted>>(arithmetic),
+          sm90_fwd_instance<FwdTile<TS, TV, 128, kShifted>>(arithmetic),
+#ifdef JAX_COSINE_ATTN_TUNE
+          sm90_fwd_instance<FwdTile<TS, TV, 128, kShifted, false, FwdShape{2, 64, 4, 2}>>(arithmetic, 1),
+          sm90_fwd_instance<FwdTile<TS, TV, 128, kShifted, false, FwdShape{2, 64, 5, 1}>>(arithmetic, 2),
+#endif
+          sm90_fwd_instance<FwdTile<TS, TV, 256, kShifted>>(arithmetic)};
 }
 
-template <class T, int kHeadDim>
-Instance sm90_bwd_instance(Arithmetic arithmetic) {
-  using Tile = sm90::BwdTile<T, kHeadDim, false>;
-  using TileOfSums = sm90::BwdTile<T, kHeadDim, true>;
+// kStages: of a candidate.
+template <class T, int kHeadDim, int... kStages>
+Instance sm90_bwd_instance(Arithmetic arithmetic, int candidate = 0) {
+  using Tile = sm90::BwdTile<T, kHeadDim, false, kStages...>;
+  using TileOfSums = sm90::BwdTile<T, kHeadDim, true, kStages...>;
   static_assert(Tile::kSmemBytes == TileOfSums::kSmemBytes);
   return {.direction = Direction::kBackward,
           .arithmetic = arithmetic,
@@ -51,12 +66,22 @@ Instance sm90_bwd_instance(Arithmetic arithmetic) {
           .smem_bytes = Tile::kSmemBytes,
           .block_m = Tile::kBlockM,
           .block_n = Tile::kBlockN,
-          .kernel_of_sums = reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<TileOfSums>)};
+          .kernel_of_sums = reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<TileOfSums>),
+          .stages = Tile::kStages,
+          .candidate = candidate};
 }
 
 template <class T>
 InstanceRow sm90_bwd_row(Arithmetic arithmetic) {
-  return {sm90_bwd_instance<T, 64>(arithmetic), sm90_bwd_instance<T, 128>(arithmetic)};
+  return {sm90_bwd_instance<T, 64>(arithmetic),
+#ifdef JAX_COSINE_ATTN_TUNE
+          sm90_bwd_instance<T, 64, 3>(arithmetic, 1),
+#endif
+          sm90_bwd_instance<T, 128>(arithmetic),
+#ifdef JAX_COSINE_ATTN_TUNE
+          sm90_bwd_instance<T, 128, 3>(arithmetic, 1),
+#endif
+  };
 }
 
 }  // namespace jca
