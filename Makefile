@@ -27,7 +27,7 @@ SANITIZER ?= compute-sanitizer
 RACECHECK ?= --racecheck-indirect-barrier-dependency
 
 .PHONY: demo test test-smoke test-full test-gpu bench-gpu bench-features bench-decode bench-hopper \
-        bench-scaling bench-cpu sanitize lint train clean benchmark benchmark_causal \
+        bench-scaling bench-cpu tune tune-here sanitize lint train clean benchmark benchmark_causal \
         benchmark_forward benchmark_backward benchmark_forward_causal benchmark_backward_causal
 
 # A development install serves every target, so a lesser one never replaces it.
@@ -82,6 +82,14 @@ bench-hopper: $(DEV)
 
 bench-scaling: $(DEV)
 	$(PY) benchmarks/bench_scaling.py --commit $(COMMIT) --json $(RESULTS)/scaling.json
+
+# The tiles that are tried beside the shipped ones take an installation of their own.
+tune: export JAX_COSINE_ATTN_TUNE = ON
+tune:
+	$(MAKE) VENV=$(VENV)-tune tune-here
+
+tune-here: $(SMOKE)
+	$(PY) benchmarks/tune.py --commit $(COMMIT) --json $(RESULTS)/tune.json
 
 bench-cpu: $(DEV)
 	JAX_PLATFORMS=cpu $(PY) benchmarks/bench_cpu.py
