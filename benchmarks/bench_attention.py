@@ -7,7 +7,8 @@ Two measures of each, softmax attention over cosine similarity at scale 10 in bo
            XLA does, in float32
 
 Peers take turns within one run. On a GPU the times are device spans from the profiler's trace,
-elsewhere wall-clock times; every row says which.
+elsewhere wall-clock times; every row says which. The JSON is written after every case. One that is
+there already, of the same commit, device and versions, keeps its rows of other cases.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import datetime
 import functools
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -25,8 +27,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import verdicts
 from shapes import PRESETS, TARGETS, Preset, Shape, Target
 from timing import launch_as_graphs, measure
+from verdicts import Key, Row, Verdict
 
 import jax_cosine_attn
 
@@ -67,6 +72,14 @@ def ours(case: Case, mode: str) -> Attend:
         l2norm_qk=mode == "all-in",
         is_causal=case.is_causal,
     )
+
+
+def exact(q: Array, k: Array, v: Array) -> np.ndarray:
+    """The full forward of raw rows, in float64."""
+    rows = [np.asarray(x).astype(np.float64).swapaxes(1, 2) for x in (q, k, v)]
+    unit_q, unit_k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in rows[:2])
+    p = np.exp(SCALE * (unit_q @ unit_k.swapaxes(-1, -2)))
+    return (p / p.sum(-1, keepdims=True) @ rows[2]).swapaxes(1, 2)
 
 
 def _jax_nn(implementation: Any, case: Case) -> Attend:
@@ -118,14 +131,34 @@ def peer(name: str, case: Case, mode: str) -> Attend:
     return lambda q, k, v: attend(normalise(q), normalise(k), v)
 
 
-def prepare(attend: Attend, direction: str, inputs: Sequence[Array]) -> Callable[[], Any]:
-    """A compiled and warm call without arguments. Backward leaves the forward pass out."""
+def _with_residuals(attend: Attend, *qkv: Array) -> tuple[Array, list[Array]]:
+    """out, and what the pullback needs beside it and the inputs, which a jit would copy."""
+    out, pullback = jax.vjp(attend, *qkv)
+    there = (*qkv, out)
+    return out, [x for x in jax.tree.leaves(pullback) if not any(x is y for y in there)]
+
+
+def _both(attend: Attend, *inputs: Array) -> tuple[Array, ...]:
+    """out, which every loss reads, dq, dk and dv."""
     *qkv, dout = inputs
-    if direction == "fwd":
-        call = functools.partial(jax.jit(attend), *qkv)
-    else:
+    out, pullback = jax.vjp(attend, *qkv)
+    return out, *pullback(dout)
+
+
+def prepare(attend: Attend, direction: str, inputs: Sequence[Array]) -> functools.partial[Any]:
+    """A warm call without arguments, of a `jax.stages.Compiled`. The backward alone, "bwd", leaves
+    the forward pass out."""
+    *qkv, dout = inputs
+    program: Callable[..., Any] = attend
+    operands: Sequence[Any] = qkv
+    if direction == "fwd+res":
+        program = functools.partial(_with_residuals, attend)
+    elif direction == "bwd":
         pullback = jax.jit(lambda *qkv: jax.vjp(attend, *qkv)[1])(*qkv)
-        call = functools.partial(jax.jit(lambda pullback, dout: pullback(dout)), pullback, dout)
+        program, operands = lambda pullback, dout: pullback(dout), (pullback, dout)
+    elif direction == "both":
+        program, operands = functools.partial(_both, attend), inputs
+    call = functools.partial(jax.jit(program).lower(*operands).compile(), *operands)
     for _ in range(3):
         jax.block_until_ready(call())
     return call
@@ -158,16 +191,17 @@ def expected_family(direction: str, dtype: str, head_dim: int, bounded: bool = T
     if jax.default_backend() != "gpu":
         return "xla"
     hopper = jax.devices()[0].compute_capability == "9.0"
-    largest = {"fwd": 256, "bwd": 128}[direction]
-    takes = bounded and dtype != "float32" and head_dim % 8 == 0 and head_dim <= largest
-    return "cuda-sm90" if hopper and takes else "cuda-sm80"
+    takes = hopper and bounded and dtype != "float32" and head_dim % 8 == 0
+    largest = {"fwd": 256, "bwd": 128}
+    passes = {"fwd+res": ("fwd",), "both": ("fwd", "bwd")}.get(direction, (direction,))
+    archs = {"sm90" if takes and head_dim <= largest[name] else "sm80" for name in passes}
+    return "-".join(["cuda", *sorted(archs)])
 
 
-def run_case(
-    case: Case, direction: str, mode: str, peers: Sequence[str], num_times: int
-) -> list[dict[str, Any]]:
-    """One row an implementation."""
-    shape = case.shape
+def run_case(target: Target, num_times: int, runs: int) -> list[Row]:
+    """One row an implementation, ours first: of the latest of the runs, with the spread of all."""
+    direction, mode, shape = target.direction, target.mode, target.shape
+    case = Case(shape, target.dtype, target.is_causal, random_mask(shape, target.mask_prob))
     q_shape = (shape.batch, shape.seq_len, shape.num_heads, shape.head_dim)
     k_shape = (shape.batch, shape.seq_len, shape.num_heads_kv, shape.head_dim)
     keys = jax.random.split(jax.random.key(0), 4)
@@ -179,70 +213,86 @@ def run_case(
         q, k = normalise(q), normalise(k)
     inputs = (q, k, v, dout)
 
+    names = (OURS, *target.peers)
     attends, calls, problems = {}, {}, {}
-    for name in (OURS, *peers):
+    for name in names:
         try:
             attends[name] = ours(case, mode) if name == OURS else peer(name, case, mode)
-            calls[name] = prepare(attends[name], direction, inputs)
+            with jax.default_matmul_precision(target.precision):
+                calls[name] = prepare(attends[name], direction, inputs)
         except Exception as error:
             problems[name] = problem_of(name, error)
-    timings = measure(calls, num_times) if calls else {}
+    rounds = [measure(calls, num_times) for _ in range(runs)] if calls else [{}]
+    timings = rounds[-1]
+    expected = exact(q, k, v) if target.accuracy else None
 
     rows = []
-    for name in (OURS, *peers):
-        row: dict[str, Any] = {
-            "direction": direction,
-            "mode": mode,
-            "dtype": case.dtype,
-            **shape._asdict(),
-            "is_causal": case.is_causal,
-            "masked": case.mask is not None,
-            "implementation": name,
-        }
+    for name in names:
+        row: Row = target.columns() | {"implementation": name}
         if name in problems:
             row["problem"] = problems[name]
         else:
             timing = timings[name]
+            compiled: Any = calls[name].func
+            times = [some[name].ms for some in rounds if some[name].clock == timing.clock]
             row |= {
                 "family": family(name, attends[name], inputs, timing.kernels),
                 "ms": timing.ms,
+                "spread": [min(times), max(times)],
                 "tflops": shape.flops(direction, case.is_causal) / timing.ms * 1e-9,
+                "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
                 "clock": timing.clock,
                 "kernels": timing.kernels,
             }
             if OURS in timings:
                 row["ms_over_ours"] = timing.ms / timings[OURS].ms
+            if expected is not None:
+                off = np.asarray(calls[name]()).astype(np.float64) - expected
+                row["error"] = float(np.linalg.norm(off) / np.linalg.norm(expected))
         rows.append(row)
+    ratios = [row["ms_over_ours"] for row in rows[1:] if "ms_over_ours" in row]
+    if ratios:
+        rows[0]["best_peer_over_ours"] = min(ratios)
     return rows
 
 
+def check_family(target: Target, row: Row) -> None:
+    """Cases with a time to beat run the kernels for Hopper where there are any."""
+    if "family" in row:
+        wanted = expected_family(target.direction, target.dtype, target.shape.head_dim)
+        assert row["family"] == wanted, (target, wanted, row["kernels"])
+
+
 COLUMNS = (
-    "{direction:<4}{mode:<7}{dtype:<9}{batch:>4}{seq_len:>6}{num_heads:>4}{num_heads_kv:>4}"
-    "{head_dim:>4} {options:<12} {implementation:<16}"
+    "{direction:<8}{mode:<7}{dtype:<9}{batch:>4}{seq_len:>7}{num_heads:>4}{num_heads_kv:>4}"
+    "{head_dim:>4} {options:<15} {implementation:<16}"
 )
-RESULT = "{family:<16}{ms:>10}{tflops:>9}{ms_over_ours:>7}  {clock}"
+RESULT = "{family:<16}{ms:>10}{spread:>18}{tflops:>9}{ms_over_ours:>7}{temporaries:>9}  {clock}"
 
 
 def print_header() -> None:
     titles = {
         "direction": "", "mode": "mode", "dtype": "dtype", "batch": "B", "seq_len": "T=S",
         "num_heads": "N", "num_heads_kv": "K", "head_dim": "H", "options": "options",
-        "implementation": "implementation", "family": "kernels", "ms": "ms",
-        "tflops": "TFLOP/s", "ms_over_ours": "/ours", "clock": "clock",
+        "implementation": "implementation", "family": "kernels", "ms": "ms", "spread": "of runs",
+        "tflops": "TFLOP/s", "ms_over_ours": "/ours", "temporaries": "temp MB", "clock": "clock",
     }  # fmt: skip
     print(COLUMNS.format(**titles) + RESULT.format(**titles))
 
 
-def print_row(row: dict[str, Any]) -> None:
-    options = " ".join(
-        word for word, on in (("causal", row["is_causal"]), ("mask", row["masked"])) if on
-    )
-    left = COLUMNS.format(**row, options=options)
+def print_row(target: Target, row: Row) -> None:
+    left = COLUMNS.format(**row, options=target.options())
     if "problem" in row:
         print(left + row["problem"], flush=True)
         return
-    ratio = f"{row['ms_over_ours']:.2f}" if "ms_over_ours" in row else ""
-    numbers = {"ms": f"{row['ms']:.4g}", "tflops": f"{row['tflops']:.4g}", "ms_over_ours": ratio}
+    least, most = row["spread"]
+    numbers = {
+        "ms": f"{row['ms']:.4g}",
+        "spread": f"{least:.4g}-{most:.4g}" if least < most else "",
+        "tflops": f"{row['tflops']:.4g}",
+        "ms_over_ours": f"{row['ms_over_ours']:.2f}" if "ms_over_ours" in row else "",
+        "temporaries": f"{1e-6 * row['temporary_bytes']:.4g}",
+    }
     print(left + RESULT.format(**(row | numbers)), flush=True)
 
 
@@ -276,13 +326,30 @@ def provenance(commit: str) -> dict[str, Any]:
     }
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """In one step: a run that is cut leaves the whole of one or the other."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
 def write_results(path: Path | None, commit: str | None, content: dict[str, Any]) -> None:
     """JSON of content and where it comes from; without a commit git's, without a path nothing."""
     if path is None:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(provenance(commit or git_commit()) | content, indent=1) + "\n")
+    write_json(path, provenance(commit or git_commit()) | content)
     print(f"written to {path}")
+
+
+def kept_rows(path: Path | None, source: dict[str, Any]) -> dict[Key, list[Row]]:
+    """The rows of each case in the file, if what they come from differs in nothing but the date."""
+    if path is None or not path.exists():
+        return {}
+    content = json.loads(path.read_text())
+    if any(content.get(name) != value for name, value in source.items() if name != "date"):
+        return {}
+    return {key: list(rows) for key, rows in itertools.groupby(content["rows"], verdicts.key)}
 
 
 def git_commit() -> str:
@@ -309,6 +376,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--num-times", type=int, default=20, help="calls that the median is over")
     parser.add_argument(
+        "--runs", type=int, default=1, help="medians taken of each: the latest counts, all spread"
+    )
+    parser.add_argument(
         "--preset",
         choices=(*PRESETS, *TARGETS),
         help="shapes and dtype: original on a GPU, cpu elsewhere; or cases with a time to beat, "
@@ -318,21 +388,28 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shape", type=int, nargs=4, metavar=("B", "N", "K", "H"))
     parser.add_argument("--seq-lens", type=int, nargs="+", metavar="T")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all available here")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=PEERS,
+        help="default: all available here; where there is a time to beat, those that set it",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--commit", default=None, help="recorded in the JSON; default: git's")
     arguments = parser.parse_args(argv)
     if not 0.0 <= arguments.mask_prob < 1.0:
         parser.error(f"--mask-prob must be in [0, 1), got {arguments.mask_prob}")
     if arguments.preset in TARGETS:
-        own = {"preset", "num_times", "seq_lens", "peers", "json", "commit"}
+        own = {"preset", "num_times", "runs", "seq_lens", "peers", "json", "commit"}
         given = [x for x in vars(arguments) if vars(arguments)[x] != parser.get_default(x)]
         if others := sorted(set(given) - own):
             parser.error(
                 f"{', '.join(others)}: the cases of {arguments.preset} say that themselves"
             )
-    if arguments.num_times < 1:
-        parser.error(f"--num-times must be at least 1, got {arguments.num_times}")
+    for name in ("num_times", "runs"):
+        if getattr(arguments, name) < 1:
+            option = name.replace("_", "-")
+            parser.error(f"--{option} must be at least 1, got {getattr(arguments, name)}")
     return arguments
 
 
@@ -345,78 +422,67 @@ def chosen_shapes(arguments: argparse.Namespace, preset: Preset) -> list[Shape]:
     return [Shape(batch, t, num_heads, num_heads_kv, head_dim) for t in lengths]
 
 
-def run_targets(arguments: argparse.Namespace, peers: Sequence[str]) -> None:
-    """Cases with a time to beat, on the kernels for Hopper where there are any."""
-    rows, missed = [], 0
+def with_a_time_to_beat(arguments: argparse.Namespace) -> list[Target]:
+    here = available_peers()
+    targets = []
     for target in TARGETS[arguments.preset]:
         if arguments.seq_lens and target.shape.seq_len not in arguments.seq_lens:
             continue
-        new_rows = run_target(target, peers, arguments.num_times)
-        for row in new_rows:
-            print_row(row)
-        rows += new_rows
-        ours_row, wanted = new_rows[0], target.at_least
-        if "best_peer_over_ours" in ours_row and wanted is not None:
-            reached = ours_row["best_peer_over_ours"]
-            missed += reached < wanted
-            verdict = "reached" if reached >= wanted else "missed"
-            print(f"{verdict}: {reached:.2f} of {wanted:.2f}", flush=True)
-    print(f"{missed} targets missed")
-    write_results(arguments.json, arguments.commit, {"rows": rows})
+        peers = tuple(name for name in target.peers if name in here)
+        if arguments.peers is not None and target.peers:
+            peers = tuple(arguments.peers)
+        targets.append(target._replace(peers=peers))
+    return targets
 
 
-def run_target(target: Target, peers: Sequence[str], num_times: int) -> list[dict[str, Any]]:
-    """As `run_case`; the first row, ours, with what the target asks and what it got."""
-    shape = target.shape
-    case = Case(shape, target.dtype, target.is_causal, random_mask(shape, target.mask_prob))
-    asked = peers if target.at_least is not None else []
-    rows = run_case(case, target.direction, target.mode, asked, num_times)
-    of_peers = [row["ms"] for row in rows[1:] if "ms" in row]
-    rows[0]["at_least"] = target.at_least
-    if of_peers and "ms" in rows[0]:
-        rows[0]["best_peer_over_ours"] = min(of_peers) / rows[0]["ms"]
-    if "family" in rows[0]:
-        wanted = expected_family(target.direction, target.dtype, shape.head_dim)
-        assert rows[0]["family"] == wanted, (target, wanted, rows[0]["kernels"])
-    return rows
-
-
-def run_preset(arguments: argparse.Namespace, peers: Sequence[str]) -> None:
+def without(arguments: argparse.Namespace) -> list[Target]:
     preset = PRESETS[arguments.preset or ("original" if jax.default_backend() == "gpu" else "cpu")]
-    shapes = chosen_shapes(arguments, preset)
-    if not shapes:
-        raise SystemExit("the preset has no shape of these lengths; give one with --shape")
     dtype = arguments.dtype or preset.dtype
-    directions = [
-        direction
-        for direction, left_out in (
-            ("fwd", arguments.only_backwards),
-            ("bwd", arguments.only_forwards),
-        )
-        if not left_out
+    peers = tuple(available_peers() if arguments.peers is None else arguments.peers)
+    left_out = {"fwd": arguments.only_backwards, "bwd": arguments.only_forwards}
+    return [
+        Target(direction, mode, shape, dtype, arguments.causal, arguments.mask_prob, peers=peers)
+        for shape in chosen_shapes(arguments, preset)
+        for direction in ("fwd", "bwd")
+        if not left_out[direction]
+        for mode in arguments.modes
     ]
-    rows = []
-    for shape in shapes:
-        case = Case(shape, dtype, arguments.causal, random_mask(shape, arguments.mask_prob))
-        for direction in directions:
-            for mode in arguments.modes:
-                new_rows = run_case(case, direction, mode, peers, arguments.num_times)
-                for row in new_rows:
-                    print_row(row)
-                rows += new_rows
-    write_results(arguments.json, arguments.commit, {"rows": rows})
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     launch_as_graphs()
-    peers = available_peers() if arguments.peers is None else arguments.peers
+    asked = arguments.preset in TARGETS
+    targets = with_a_time_to_beat(arguments) if asked else without(arguments)
+    if not targets:
+        raise SystemExit("the preset has no shape of these lengths; give one with --shape")
     jax_cosine_attn.show_config()
+    source = provenance(arguments.commit or git_commit())
+    table = kept_rows(arguments.json, source)
     print_header()
-    if arguments.preset in TARGETS:
-        run_targets(arguments, peers)
-    else:
-        run_preset(arguments, peers)
+    found: list[Verdict] = []
+    for target in targets:
+        rows = run_case(target, arguments.num_times, arguments.runs)
+        table[verdicts.key(target.columns())] = rows
+        for row in rows:
+            print_row(target, row)
+        if asked:
+            check_family(target, rows[0])
+            for verdict in verdicts.of_case(target, table):
+                print(verdict, flush=True)
+            found = verdicts.of_table(table)
+        if arguments.json is not None:
+            content = {
+                "rows": list(itertools.chain(*table.values())),
+                "verdicts": [verdict._asdict() | {"met": verdict.met} for verdict in found],
+            }
+            write_json(arguments.json, source | content)
+    if asked:
+        for verdict in verdicts.of_all(table):
+            print(f"{verdict.case}: {verdict}")
+        print(f"{sum(not verdict.met for verdict in found)} of {len(found)} missed")
+    if arguments.json is not None:
+        print(f"written to {arguments.json}")
 
 
 if __name__ == "__main__":

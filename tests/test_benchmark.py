@@ -11,9 +11,12 @@ import bench_decode
 import bench_features
 import bench_scaling
 import jax
+import numpy as np
+import oracle
 import pytest
 import timing
-from shapes import PRESETS, Shape, Target
+import verdicts
+from shapes import GROWTH, PRESETS, TARGETS, Shape, Target
 from timing import Kernel
 
 TINY = ["--shape", "2", "4", "2", "16", "--seq-lens", "24", "--num-times", "2"]
@@ -89,28 +92,210 @@ def test_lengths_that_the_preset_lacks_need_a_shape():
         bench_attention.main(["--preset", "cpu", "--seq-lens", "7"])
 
 
+SMALL = Target("fwd", "all-in", Shape(1, 32, 2, 1, 8), "float32", True, peers=("xla",))
+
+
+def run_small(tmp_path, monkeypatch, *targets, options=()):
+    monkeypatch.setitem(bench_attention.TARGETS, "small", targets)
+    file = tmp_path / "small.json"
+    arguments = ["--preset", "small", "--num-times", "1", "--peers", "xla", "--commit", "c0ffee"]
+    bench_attention.main([*arguments, "--json", str(file), *options])
+    return json.loads(file.read_text())
+
+
 def test_targets_are_compared_with_the_best_peer(tmp_path, monkeypatch, capsys):
-    shape = Shape(1, 32, 2, 1, 8)
-    easy = Target("fwd", "all-in", shape, "float32", is_causal=True, at_least=1e-9)
-    cases = (easy, easy._replace(direction="bwd", mask_prob=0.25, at_least=1e9))
-    cases += (easy._replace(at_least=None),)
-    monkeypatch.setitem(bench_attention.TARGETS, "some", cases)
-    file = tmp_path / "targets.json"
-    bench_attention.main(
-        ["--preset", "some", "--num-times", "1", "--peers", "xla", "--json", str(file)]
-    )
-    rows = json.loads(file.read_text())["rows"]
+    easy = SMALL._replace(at_least=1e-9)
+    hard = easy._replace(direction="bwd", mask_prob=0.25, at_least=1e9)
+    alone = SMALL._replace(direction="fwd+res", peers=(), at_most_us=1e-9)
+    content = run_small(tmp_path, monkeypatch, easy, hard, alone)
+    rows = content["rows"]
     found = [(row["direction"], row["implementation"], row["masked"]) for row in rows]
     assert found == [
         ("fwd", "jax_cosine_attn", False), ("fwd", "xla", False),
         ("bwd", "jax_cosine_attn", True), ("bwd", "xla", True),
-        ("fwd", "jax_cosine_attn", False),
+        ("fwd+res", "jax_cosine_attn", False),
     ]  # fmt: skip
     for mine, peers in ((rows[0], rows[1]), (rows[2], rows[3])):
         assert mine["best_peer_over_ours"] == pytest.approx(peers["ms"] / mine["ms"])
     assert "best_peer_over_ours" not in rows[4]
+    assert [verdict["met"] for verdict in content["verdicts"]] == [True, False, False]
+    assert content["verdicts"][1]["case"] == "bwd all-in float32 B 1 T 32 N 2 K 1 H 8 causal mask"
     printed = capsys.readouterr().out
-    assert [word in printed for word in ("reached: ", "missed: ", "1 targets missed")] == [True] * 3
+    assert "reached: best peer / ours" in printed and "missed: best peer / ours" in printed
+    assert "2 of 3 missed" in printed
+
+
+def test_medians_of_several_runs_of_the_same_calls(tmp_path, monkeypatch, capsys):
+    medians = iter((3.0, 1.0, 2.0))
+    measured = []
+
+    def measure(calls, num_times):
+        measured.append(list(calls.values()))
+        return dict.fromkeys(calls, timing.Timing(next(medians), "wall", ()))
+
+    monkeypatch.setattr(bench_attention, "measure", measure)
+    content = run_small(tmp_path, monkeypatch, SMALL._replace(peers=()), options=("--runs", "3"))
+    (row,) = content["rows"]
+    assert (row["ms"], row["spread"]) == (2.0, [1.0, 3.0])
+    assert measured[0] == measured[1] == measured[2]
+    assert "  1-3" in capsys.readouterr().out
+
+
+def test_parts_of_a_preset_go_into_one_file(tmp_path, monkeypatch):
+    """Rows of other cases stay if the commit is the same, also when a run is cut."""
+    short, long = (
+        SMALL._replace(shape=Shape(1, t, 1, 1, 8), peers=(), direction="fwd") for t in (16, 24)
+    )
+    times = iter(range(1, 6))
+
+    def run_case(target, num_times, runs):
+        ms = next(times)
+        if ms == 5:
+            raise KeyboardInterrupt
+        row = target.columns() | {"implementation": "jax_cosine_attn", "family": "xla", "ms": ms}
+        return [row | {"spread": [ms, ms], "tflops": 1, "temporary_bytes": 0, "clock": "wall"}]
+
+    def run(*options):
+        rows = run_small(tmp_path, monkeypatch, short, long, options=options)["rows"]
+        return [(row["seq_len"], row["ms"]) for row in rows]
+
+    monkeypatch.setattr(bench_attention, "run_case", run_case)
+    assert run("--seq-lens", "16") == [(16, 1)]
+    assert run("--seq-lens", "24") == [(16, 1), (24, 2)]
+    assert run("--seq-lens", "16") == [(16, 3), (24, 2)]
+    with pytest.raises(KeyboardInterrupt):
+        run("--commit", "0ther")
+    content = json.loads((tmp_path / "small.json").read_text())
+    assert content["commit"] == "0ther" and [row["ms"] for row in content["rows"]] == [4]
+
+
+@pytest.mark.parametrize("precision", [None, "highest"])
+def test_precision_is_that_of_every_implementation(tmp_path, monkeypatch, precision):
+    attend, used = bench_attention.PEERS["xla"], []
+
+    def spied(case):
+        def call(*qkv):
+            used.append(jax.config.jax_default_matmul_precision)
+            return attend(case)(*qkv)
+
+        return call
+
+    monkeypatch.setitem(bench_attention.PEERS, "xla", spied)
+    content = run_small(tmp_path, monkeypatch, SMALL._replace(precision=precision))
+    assert used == [precision]
+    assert [row["precision"] for row in content["rows"]] == [precision] * 2
+
+
+def test_errors_are_against_float64(tmp_path, monkeypatch):
+    shape = Shape(1, 24, 2, 2, 8)
+    target = Target("fwd", "all-in", shape, "float32", peers=("xla",), accuracy=True)
+    content = run_small(tmp_path, monkeypatch, target)
+    mine, xla = (row["error"] for row in content["rows"])
+    assert 1e-9 < mine < 1e-5 and 1e-9 < xla < 1e-5
+    (verdict,) = content["verdicts"]
+    assert (verdict["reached"], verdict["asked"]) == (mine, xla)
+    assert verdict["met"] == (mine <= xla)
+
+    qkv = np.random.default_rng(0).standard_normal((3, 2, 24, 3, 8))
+    expected = oracle.attention(*qkv, scale=bench_attention.SCALE).out
+    np.testing.assert_allclose(bench_attention.exact(*qkv), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_programs_of_each_direction():
+    """Both passes in one give what they give apart; residuals are neither inputs nor out."""
+    q, k, v, dout = jax.random.normal(jax.random.key(0), (4, 1, 24, 2, 8))
+    attend = functools.partial(bench_attention.jax_cosine_attn.cosine_attention, scale=10.0)
+    call = {
+        direction: bench_attention.prepare(attend, direction, (q, k, v, dout))
+        for direction in ("fwd", "fwd+res", "bwd", "both")
+    }
+    for x, y in zip(call["both"](), (call["fwd"](), *call["bwd"]()), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    out, residuals = call["fwd+res"]()
+    np.testing.assert_array_equal(out, call["fwd"]())
+    assert residuals and all(x.size <= 24 * 2 for x in residuals)
+
+
+def test_what_is_asked_on_hopper():
+    forward, backward = TARGETS["hopper-forward"], TARGETS["hopper-backward"]
+    every = forward + backward
+    by_case = {verdicts.key(target.columns()): target for target in every}
+    assert len(by_case) == len(every)
+    for target in every:
+        assert ("xla" in target.peers) == (target.dtype == "float32"), target
+        assert "flash_attn3_jax" not in target.peers or target.shape.head_dim == 128, target
+
+    def of(direction, **fields):
+        wanted = {"mode": "all-in", "direction": direction} | fields
+        return [t for t in every if wanted.items() <= (t.columns() | t._asdict()).items()]
+
+    # 16k tokens, N * H = 2048
+    for h, at_512 in ((64, [1.6, 2.0]), (128, [1.6, 1.6])):
+        assert [t.at_least for t in of("bwd", head_dim=h, seq_len=512, batch=32)] == at_512
+    lengths = {t.shape.seq_len for t in of("fwd", mode="kernel")}
+    assert lengths == {512, 1024, 2048, 4096, 16_384}
+    assert [t.at_most_us for t in of("fwd", seq_len=128)] == [5.0] * 3
+    assert {t.shape.head_dim for t in of("fwd+res")} == {64, 128, 256}
+    assert len(of("fwd", accuracy=True)) == 6
+    for precision, ratio in ((None, 1.5), ("highest", 2.0)):
+        float32 = of("bwd", dtype="float32", precision=precision)
+        assert {t.shape.seq_len for t in float32} == {1024, 2048, 4096, 8192}
+        assert {t.at_least for t in float32} == {ratio}
+    # Both passes in one: every 16-bit backward from raw inputs, and its forward is timed too.
+    parts = [t for t in of("bwd") if t.dtype != "float32"]
+    assert [t._replace(direction="both", at_least=None) for t in parts] == of("both")
+    for part in parts:
+        assert verdicts.key(part._replace(direction="fwd").columns()) in by_case, part
+
+
+def table(*cases):
+    """Rows of ours with the given numbers."""
+    return {
+        verdicts.key(target.columns()): [target.columns() | {"ms": 1.0, "temporary_bytes": 0} | row]
+        for target, row in cases
+    }
+
+
+def test_both_passes_are_compared_with_the_weaker_one():
+    both = [target for target in TARGETS["hopper-backward"] if target.direction == "both"][:2]
+    cases = [(both[1], {"best_peer_over_ours": 1.6})]
+    for direction, ratio in (("fwd", 1.5), ("bwd", 1.2), ("both", 1.3)):
+        cases += [(both[0]._replace(direction=direction), {"best_peer_over_ours": ratio})]
+    (verdict,) = verdicts.of_case(both[0], table(*cases))
+    assert (verdict.reached, verdict.asked, verdict.met) == (1.3, 1.2, True)
+    cases[-1][1]["best_peer_over_ours"] = 1.1
+    (verdict,) = verdicts.of_case(both[0], table(*cases))
+    assert not verdict.met
+    assert not list(verdicts.of_case(both[1], table(*cases)))  # its parts are not there
+    mean = next(verdict for verdict in verdicts.of_all(table(*cases)) if "mean" in verdict.what)
+    assert mean.reached == pytest.approx((1.6 * 1.1) ** 0.5) and mean.met
+
+
+@pytest.mark.parametrize("name", ["ms", "temporary_bytes"])
+@pytest.mark.parametrize("more", [1.09, 1.11])
+def test_growth(name, more):
+    rows = [
+        (t, {"ms": 1e-9 * t.shape.seq_len**2, "temporary_bytes": 4 * t.shape.seq_len})
+        for t in GROWTH
+    ]
+    rows[0][1]["ms"] *= 2  # below 8k
+    rows[-2][1][name] *= more
+    time, memory = verdicts.of_all(table(*rows))
+    changed, same = (time, memory) if name == "ms" else (memory, time)
+    assert changed.reached == pytest.approx(more - 1) and changed.met == (more < 1.1)
+    assert same.reached == pytest.approx(0, abs=1e-9) and same.met
+    assert not list(verdicts.of_all(table(*rows[:-1])))
+
+
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_temporaries_of_the_backward(beyond):
+    some = [t for t in TARGETS["hopper-backward"] if t.direction == "bwd"]
+    float32 = next(t for t in some if t.dtype == "float32")
+    b, t, n, _, h = some[0].shape
+    allowed = b * t * n * (4 * h + 32)
+    cases = [(some[0], {"temporary_bytes": allowed + beyond}), (some[1], {})]
+    (verdict,) = verdicts.of_all(table(*cases, (float32, {"temporary_bytes": 1e15})))
+    assert verdict.case == str(some[0]) and verdict.met == (beyond == 0)
 
 
 def test_targets_say_their_options_themselves(capsys):
@@ -239,6 +424,23 @@ def test_families_that_are_expected_of_features(monkeypatch):
     biased |= {"deterministic dscale, dbias", "deterministic drelative_bias"}
     assert portable("fwd") == biased
     assert portable("bwd") == biased | {"deterministic"}
+
+
+@pytest.mark.parametrize(
+    ("direction", "dtype", "head_dim", "ran"),
+    [
+        ("both", "bfloat16", 128, "sm90"),
+        ("both", "float16", 256, "sm80-sm90"),
+        ("fwd+res", "bfloat16", 256, "sm90"),
+        ("bwd", "bfloat16", 256, "sm80"),
+        ("bwd", "float32", 64, "sm80"),
+    ],
+)
+def test_families_that_are_expected_of_directions(monkeypatch, direction, dtype, head_dim, ran):
+    device = types.SimpleNamespace(compute_capability="9.0")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert bench_attention.expected_family(direction, dtype, head_dim) == f"cuda-{ran}"
 
 
 def test_cpu_beside_jax_nn(tmp_path, capsys, monkeypatch):
