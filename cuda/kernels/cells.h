@@ -2,6 +2,7 @@
 #pragma once
 
 #include "kernels/params.h"
+#include "ptx/grid.h"
 
 namespace jca {
 
@@ -41,6 +42,7 @@ constexpr int kListThreads = 1024;
 __global__ void __launch_bounds__(kListThreads) list_keys(const Mask mask) {
   constexpr int kWarps = kListThreads / 32, kWords = 4;
   static_assert(kWarps == 32);
+  ptx::launch_dependent_grids();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, words = mask.cell_cols();
   const uint8_t* data = mask.data + blockIdx.x * mask.stride_batch;
   uint32_t* bits = mask.bits + int64_t(blockIdx.x) * words;

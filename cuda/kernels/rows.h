@@ -161,8 +161,9 @@ struct RowLanes {
   __device__ static float norm_backward(float (&a)[kElems], float (&x)[kElems], const float* inverse_norm,
                                         int groups, int head_dim, bool l2norm) {
     float dots[1];
-    norm_backward<false, 1>(reinterpret_cast<float(&)[1][kElems]>(a), reinterpret_cast<float(&)[1][kElems]>(x),
-                     {inverse_norm}, dots, groups, head_dim, l2norm);
+    norm_backward<false, 1>(reinterpret_cast<float(&)[1][kElems]>(a),
+                            reinterpret_cast<float(&)[1][kElems]>(x), {inverse_norm}, dots, groups, head_dim,
+                            l2norm);
     return dots[0];
   }
 };
@@ -286,6 +287,7 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   using Real = NormReal<T>;
   const Problem& p = params.problem;
   ptx::launch_dependent_grids();
+  if (params.listed) ptx::wait_for_prerequisite_grids();  // for the list
   if (params.zero != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *params.zero = 0;
   const RowBlock at = RowBlock::of_thread<kLanes, kNormRowsEach>(params.seqlen, params.num_heads);
   const auto row_of = [&](int each) { return at.row + each * L::kRowsPerBlock; };

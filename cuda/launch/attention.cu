@@ -39,23 +39,51 @@ int row_lanes(int head_dim) {
 }
 int64_t row_blocks(int head_dim, int rows) { return ceil_div(rows, kRowThreads / row_lanes(head_dim)); }
 
+// For kernels that may start while the one before still runs: from sm_90 on their code waits for it. Not so
+// what a later GPU makes of the PTX of sm_80.
+struct EarlyLaunch {
+  cudaLaunchAttribute attribute{};
+  unsigned count = 0;
+
+  Status init(const void* kernel) {
+    cudaFuncAttributes code;
+    const Status status = status_of(cudaFuncGetAttributes(&code, kernel), "reading a kernel's attributes");
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    count = status.ok() && code.ptxVersion >= 90 ? 1 : 0;
+    return status;
+  }
+};
+
+// early: as for `launch`.
 template <auto kKernel4, auto kKernel8, auto kKernel16, auto kKernel32, class Params>
 Status launch_rows(cudaStream_t stream, const char* what, const Params& params, int64_t batch,
-                   int heads, int rows, int rows_each = 1) {
+                   int heads, int rows, int rows_each = 1, bool early = false) {
   const int lanes = row_lanes(params.problem.head_dim);
   const int64_t blocks = ceil_div(row_blocks(params.problem.head_dim, rows), rows_each) * heads * batch;
   if (blocks == 0) return {};
   if (blocks > INT_MAX) return {std::string(what) + ": too many rows for one launch"};
   const auto kernel = lanes == 4 ? kKernel4 : lanes == 8 ? kKernel8 : lanes == 16 ? kKernel16 : kKernel32;
-  kernel<<<static_cast<unsigned>(blocks), kRowThreads, 0, stream>>>(params);
-  return status_of(cudaGetLastError(), what);
+  EarlyLaunch attribute;
+  cudaLaunchConfig_t config{};
+  if (early) {
+    const Status status = attribute.init(reinterpret_cast<const void*>(kernel));
+    if (!status.ok()) return status;
+    config.attrs = &attribute.attribute;
+    config.numAttrs = attribute.count;
+  }
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kRowThreads);
+  config.stream = stream;
+  return status_of(cudaLaunchKernelEx(&config, kernel, params), what);
 }
 
 template <typename T, typename THat>
 Status normalize(cudaStream_t stream, const NormParams& params) {
   return launch_rows<normalize_rows<T, THat, 4>, normalize_rows<T, THat, 8>,
                      normalize_rows<T, THat, 16>, normalize_rows<T, THat, 32>>(
-      stream, "normalize_rows", params, params.batch, params.num_heads, params.seqlen, kNormRowsEach);
+      stream, "normalize_rows", params, params.batch, params.num_heads, params.seqlen, kNormRowsEach,
+      params.listed);
 }
 
 // x as its copy reads it, entry by entry: the copy has as many entries, or one for each of the call.
@@ -153,22 +181,6 @@ std::string describe(Direction direction, Arithmetic arithmetic, const Problem& 
 Status no_instance(Direction direction, Arithmetic arithmetic, const Problem& p) {
   return {describe(direction, arithmetic, p) + ": no kernel for the shared memory of this GPU"};
 }
-
-// For kernels that may start while the one before still runs: from sm_90 on their code waits for it. Not so
-// what a later GPU makes of the PTX of sm_80.
-struct EarlyLaunch {
-  cudaLaunchAttribute attribute{};
-  unsigned count = 0;
-
-  Status init(const void* kernel) {
-    cudaFuncAttributes code;
-    const Status status = status_of(cudaFuncGetAttributes(&code, kernel), "reading a kernel's attributes");
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    count = status.ok() && code.ptxVersion >= 90 ? 1 : 0;
-    return status;
-  }
-};
 
 // early: the kernel before is one that lets the next start, and this one waits for it.
 template <class Params>

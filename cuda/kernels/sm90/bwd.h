@@ -436,7 +436,6 @@ struct BwdKernel {
   template <bool kPartial>
   __device__ void take_step(Keys64& keys, const Work& work, Ring<Tile::kStages> at, int buffer,
                             int warpgroup) const {
-    const Step& step = shared.step[at.stage];
     const Queries &q = shared.q[at.stage], &dout = shared.dout[at.stage];
     RowSums logit_sums, ds_sums;
     shared.q_full[at.stage].wait(at.parity);
@@ -447,8 +446,8 @@ struct BwdKernel {
       ptx::wgmma_wait<0>();
       pin(keys.s);
       const int first_key = warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16;
-      hide_transposed(keys.s, p, work.visible, step.head,
-                      FragmentAt(work.n_block * kBlockN + first_key, step.m0));
+      hide_transposed(keys.s, p, work.visible, shared.step[at.stage].head,
+                      FragmentAt(work.n_block * kBlockN + first_key, shared.step[at.stage].m0));
       start_pairs(keys.dp, shared.v, warpgroup, dout);
     } else {
       start_pairs(keys.s, shared.k, warpgroup, q);
@@ -463,6 +462,9 @@ struct BwdKernel {
     ptx::wgmma_wait<1>();
     pin(keys.dp);
     take_ds(keys, ds_sums, at.stage, buffer, warpgroup);
+    // Before products, for which the lanes meet: ptxas leaves the meeting in release() out, and racecheck then
+    // takes what other lanes read after them for a race with the next step.
+    const Step step = shared.step[at.stage];
     shared.ds_full.wait(buffer);
     start_dq(keys, buffer, warpgroup);
     start_sum(keys.dk, keys.ds, q);

@@ -126,6 +126,7 @@ struct FwdKernel {
   // ---- The warp that plans.
 
   __device__ void make_plans() {
+    if (params.listed) ptx::wait_for_prerequisite_grids();  // for the list
     const int lane = threadIdx.x % 32;
     int tile = blockIdx.x;
     for (PlanRing at;; at.advance()) {
