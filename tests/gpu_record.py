@@ -5,10 +5,12 @@ kernels in the tree, and never fails for it: whoever runs it may have no GPU.
 """
 
 import argparse
+import collections
 import datetime
 import hashlib
 import json
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,23 +30,30 @@ def kernel_hash() -> str:
     return digest.hexdigest()
 
 
-def write(junit: Path, commit: str, record: Path) -> None:
+def outcomes(junit: Sequence[Path]) -> collections.Counter[str]:
+    """How many tests passed, failed and were skipped; of one that several files have, the last."""
+    last = {}
+    for file in junit:
+        for case in ET.parse(file).getroot().iter("testcase"):
+            found = {child.tag for child in case}
+            outcome = "failed" if found & {"failure", "error"} else "passed"
+            if "skipped" in found:
+                outcome = "skipped"
+            last[case.get("classname"), case.get("name")] = outcome
+    return collections.Counter(last.values())
+
+
+def write(junit: Sequence[Path], commit: str, record: Path) -> None:
     import jax
 
-    suites = ET.parse(junit).getroot().findall("testsuite")
-    total, failed, skipped = (
-        sum(int(suite.get(name, 0)) for suite in suites for name in names)
-        for names in (("tests",), ("failures", "errors"), ("skipped",))
-    )
+    counts = outcomes(junit)
     content = {
         "commit": commit,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "kernel_hash": kernel_hash(),
         "device": jax.devices()[0].device_kind,
         "jax": jax.__version__,
-        "passed": total - failed - skipped,
-        "failed": failed,
-        "skipped": skipped,
+        **{outcome: counts[outcome] for outcome in ("passed", "failed", "skipped")},
     }
     record.write_text(json.dumps(content, indent=2) + "\n")
     print(record.read_text(), end="")
@@ -72,7 +81,9 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("check")
     writer = commands.add_parser("write")
-    writer.add_argument("junit", type=Path, help="pytest's --junitxml file")
+    writer.add_argument(
+        "junit", type=Path, nargs="+", help="pytest's --junitxml files: a run, then repeated tests"
+    )
     writer.add_argument("--commit", required=True)
     writer.add_argument("--record", type=Path, default=RECORD)
     arguments = parser.parse_args()

@@ -137,22 +137,33 @@ def test_no_serialised_wgmma():
     assert not re.findall(r".*\bC75\d\d\b.*", ptxas_log())
 
 
-JUNIT = """<testsuites><testsuite errors="1" failures="2" skipped="3" tests="10"/></testsuites>"""
+def junit_file(path: Path, outcomes: dict[str, str]) -> Path:
+    cases = (
+        f'<testcase classname="tests.test_x" name="{name}"><{outcome}/></testcase>'
+        for name, outcome in outcomes.items()
+    )
+    path.write_text(f"<testsuites><testsuite>{''.join(cases)}</testsuite></testsuites>")
+    return path
 
 
 def test_gpu_record_counts_and_checks(tmp_path, monkeypatch, capsys):
-    junit, record = tmp_path / "junit.xml", tmp_path / "record.json"
-    junit.write_text(JUNIT)
+    first = {"a": "failure", "b": "error", "c": "skipped", "d": "properties", "e": "failure"}
+    junit = junit_file(tmp_path / "first.xml", first)
+    again = junit_file(tmp_path / "again.xml", {"a": "properties"})
+    record = tmp_path / "record.json"
     monkeypatch.setattr(gpu_record, "RECORD", record)
     gpu_record.check()
     assert "no tests/gpu_record.json" in capsys.readouterr().out
 
-    gpu_record.write(junit, "c0ffee", record)
+    gpu_record.write([junit], "c0ffee", record)
     content = json.loads(record.read_text())
-    assert (content["passed"], content["failed"], content["skipped"]) == (4, 3, 3)
+    assert (content["passed"], content["failed"], content["skipped"]) == (1, 3, 1)
+    gpu_record.write([junit, again], "c0ffee", record)
+    content = json.loads(record.read_text())
+    assert (content["passed"], content["failed"], content["skipped"]) == (2, 2, 1)
     assert content["commit"] == "c0ffee"
     gpu_record.check()
-    assert "3 tests" in capsys.readouterr().out
+    assert "2 tests" in capsys.readouterr().out
 
     record.write_text(json.dumps(content | {"failed": 0}))
     gpu_record.check()
