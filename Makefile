@@ -10,8 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 CUDA ?= 13
 TESTS ?= tests
-SMOKE_TESTS ?= test_build.py test_lowering.py test_readme.py test_transforms.py test_validation.py \
-               test_flax_linen.py test_flax_nnx.py
+SMOKE_TESTS ?= test_build.py test_lowering.py test_readme.py test_transforms.py test_validation.py
 JOBS ?= 2
 RECORD ?= tests/gpu_record.json
 RESULTS ?= benchmarks/results

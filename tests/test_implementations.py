@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from yardstick import check, make_inputs, measured, split
+from yardstick import check, few_on_a_cpu, make_inputs, measured, split
 
 from jax_cosine_attn import _blockwise, _ffi, cosine_attention, why_not
 from jax_cosine_attn._config import FIELDS, Config, Operands
 from jax_cosine_attn._reference import reference_attention
 
-F32, F16, BF16 = (np.dtype(x) for x in (jnp.float32, jnp.float16, jnp.bfloat16))
+DTYPES = F32, F16, BF16 = [np.dtype(x) for x in (jnp.float32, jnp.float16, jnp.bfloat16)]
 LENGTHS = (1, 17, 63, 127, 1000)
 HEAD_DIMS = (1, 8, 16, 20, 32, 40, 64, 80, 96, 128, 192, 256)
 
@@ -25,17 +25,6 @@ HEAD_DIMS = (1, 8, 16, 20, 32, 40, 64, 80, 96, 128, 192, 256)
 @pytest.fixture(params=["xla", "reference", pytest.param("cuda", marks=pytest.mark.gpu)])
 def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
-
-
-# Dtypes and large batches are cases of their own to kernels and blocks, but not to the reference.
-reference_in_full = pytest.mark.parametrize(
-    "implementation",
-    [
-        "xla",
-        pytest.param("reference", marks=pytest.mark.full),
-        pytest.param("cuda", marks=pytest.mark.gpu),
-    ],
-)
 
 
 def learned(n: int, bound: float = 10.0) -> dict[str, Any]:
@@ -63,8 +52,9 @@ def test_lengths_of_16_bit_inputs(implementation, t, s, dtype):
     check(implementation, inputs, is_causal=True, **learned(2))
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("h", HEAD_DIMS)
+@pytest.mark.parametrize(
+    "implementation, h, dtype", few_on_a_cpu(itertools.product(HEAD_DIMS, DTYPES), every=2), ids=str
+)
 def test_head_dims(implementation, h, dtype):
     inputs = functools.partial(make_inputs, dtype, b=1, t=17, s=63, h=h)
     check(implementation, inputs, **learned(2))
@@ -274,11 +264,10 @@ def test_options(implementation, name):
 
 # Each option with one of the two dtypes; the full grid has both.
 @pytest.mark.parametrize(
-    "name, dtype",
-    [(name, (F16, BF16)[i % 2]) for i, name in enumerate(OPTIONS)],
+    "implementation, name, dtype",
+    few_on_a_cpu([(name, (F16, BF16)[i % 2]) for i, name in enumerate(OPTIONS)], every=3),
     ids=str,
 )
-@reference_in_full
 def test_options_of_16_bit_inputs(implementation, name, dtype):
     check_options(implementation, name, dtype, SMALL)
 
@@ -446,8 +435,11 @@ def test_decode_repeats_bitwise():
         np.testing.assert_array_equal(attend(*tensors), first)
 
 
-@pytest.mark.parametrize("dtype", [F32, F16, BF16], ids=str)
-@pytest.mark.parametrize("k", [1, 2, 3, 6])
+@pytest.mark.parametrize(
+    "implementation, k, dtype",
+    few_on_a_cpu(itertools.product((1, 2, 3, 6), DTYPES), every=2),
+    ids=str,
+)
 def test_heads_sharing_keys(implementation, k, dtype):
     inputs = functools.partial(make_inputs, dtype, b=1, t=65, s=33, n=6, k=k)
     check(implementation, inputs, is_causal=True, **learned(6))
@@ -537,8 +529,7 @@ def test_more_queries_than_keys(implementation, dtype, h):
     jax.tree.map(np.testing.assert_array_equal, *twice)
 
 
-@pytest.mark.parametrize("dtype", [BF16], ids=str)
-@reference_in_full
+@pytest.mark.parametrize("implementation, dtype", few_on_a_cpu([(BF16,)], every=1), ids=str)
 def test_bias_over_a_large_batch(implementation, dtype):
     """As AlphaFold's: one matrix for each of many rows of an alignment, and one for each head."""
     rng, b, t, n = np.random.default_rng(4), 129, 17, 2

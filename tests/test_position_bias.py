@@ -8,6 +8,7 @@ by a thousand times as much.
 """
 
 import functools
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from yardstick import hold, make_inputs
+from yardstick import few_on_a_cpu, hold, make_inputs
 
 from jax_cosine_attn import cosine_attention
 
@@ -50,11 +51,6 @@ CALLS = {
         {"query_seq_lengths": (61, 9), "key_value_seq_lengths": (40, 150), "is_causal": True},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(params=["xla", "reference", pytest.param("cuda", marks=pytest.mark.gpu)])
-def implementation(request):
-    return request.param
 
 
 def matrix(t, s, query_seq_lengths=None, key_value_seq_lengths=None):
@@ -114,8 +110,9 @@ def with_full_bias(name, case, seed):
     return inputs, lengths, exact, results(bias, params, inputs, pairs, lengths, **static)
 
 
-@pytest.mark.parametrize("name", BIASES)
-@pytest.mark.parametrize("case", CALLS)
+@pytest.mark.parametrize(
+    "implementation, case, name", few_on_a_cpu(itertools.product(CALLS, BIASES), every=3)
+)
 def test_equals_the_full_bias(implementation, name, case):
     bias, params = BIASES[name]
     t, s, options = CALLS[case]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -29,6 +29,20 @@ from jax_cosine_attn._api import arguments, attend
 from jax_cosine_attn._validate import validate
 
 CALLS = 16
+
+
+def few_on_a_cpu(cases: Iterable[tuple[Any, ...]], every: int) -> list[Any]:
+    """Parameters (implementation, *case): all cases for the kernels, of blockwise JAX every so
+    many; its others, and the reference that they are compared with, in the full grid."""
+    found = []
+    for i, case in enumerate(cases):
+        found += [
+            pytest.param("xla", *case, marks=() if i % every == 0 else pytest.mark.full),
+            pytest.param("reference", *case, marks=pytest.mark.full),
+            pytest.param("cuda", *case, marks=pytest.mark.gpu),
+        ]
+    return found
+
 
 Inputs = dict[str, np.ndarray]
 # (error, error of the plain formula, exact value) of each result.
