@@ -92,6 +92,19 @@ def _jax_nn(implementation: Any, case: Case) -> Attend:
     )
 
 
+def _cudnn(case: Case) -> Attend:
+    """A mask is a bias to it, which has to have a row for each query."""
+    mask, shape = case.mask, case.shape
+    if mask is None:
+        return _jax_nn("cudnn", case)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        of_rows = jnp.broadcast_to(mask, (shape.batch, 1, shape.seq_len, shape.seq_len))
+        return _jax_nn("cudnn", case._replace(mask=of_rows))(q, k, v)
+
+    return attend
+
+
 def _flash_attn3_jax(case: Case) -> Attend:
     from flash_attn3_jax import flash_mha
 
@@ -110,7 +123,7 @@ def _tokamax(case: Case) -> Attend:
 
 PEERS: dict[str, Callable[[Case], Attend]] = {
     "xla": functools.partial(_jax_nn, "xla"),
-    "cudnn": functools.partial(_jax_nn, "cudnn"),
+    "cudnn": _cudnn,
     "flash_attn3_jax": _flash_attn3_jax,
     "tokamax": _tokamax,
 }
