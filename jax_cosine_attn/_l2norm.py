@@ -86,5 +86,14 @@ def l2norm(x: jax.Array, groups: int = 1) -> jax.Array:
 
 
 def l2norm_tensors(*xs: jax.Array, groups: int = 1) -> tuple[jax.Array, ...]:
-    """`l2norm` of each argument: `q, k = l2norm_tensors(q, k)`."""
+    """`l2norm` of each argument: `q, k = l2norm_tensors(q, k)`.
+
+    Args:
+      *xs: arrays [..., H], each of any float dtype and with an H of its own.
+      groups: as in `l2norm`, of all of them.
+    Returns:
+      A tuple of arrays, each shaped and typed like its argument.
+    Raises:
+      TypeError, ValueError: as `l2norm` does.
+    """
     return tuple(l2norm(x, groups) for x in xs)

@@ -71,10 +71,10 @@ def validate(
       TypeError: a dtype or a Python type is wrong.
     """
     candidates = _candidates(implementation)
-    _check_flag("l2norm_qk", l2norm_qk)
-    _check_flag("is_causal", is_causal)
-    _check_flag("deterministic", deterministic)
-    _check_flag("return_residual", return_residual)
+    check_flag("l2norm_qk", l2norm_qk)
+    check_flag("is_causal", is_causal)
+    check_flag("deterministic", deterministic)
+    check_flag("return_residual", return_residual)
 
     dtype = _check_query_key_value(query, key, value, layout)
     single = len(query.shape) == 3
@@ -165,7 +165,7 @@ def _check_dtype(name: str, x: Any, allowed: Sequence[Any]) -> np.dtype:
     return dtype
 
 
-def _check_flag(name: str, flag: Any) -> None:
+def check_flag(name: str, flag: Any) -> None:
     if not isinstance(flag, bool | np.bool_):
         raise TypeError(f"{name} must be True or False, got {flag!r}")
 
@@ -253,14 +253,23 @@ def _real(x: Any) -> bool:
     return isinstance(x, int | float | np.integer | np.floating) and not isinstance(x, bool)
 
 
+def _float(x: Any) -> float:
+    """Of a real scalar; NumPy's narrow ones would compare in their own precision."""
+    try:
+        return float(x)
+    except OverflowError:  # of an int
+        return math.inf
+
+
 def _scale_bound(bound: Any) -> float | None:
     if bound is None:
         return None
     if not _real(bound):
         raise TypeError(f"scale_bound must be a Python float, got {bound!r}")
-    if not (math.isfinite(bound) and bound > 0):
+    value = _float(bound)
+    if not (math.isfinite(value) and value > 0):
         raise ValueError(f"scale_bound must be positive and finite, got {bound}")
-    return float(bound)
+    return value
 
 
 def _static_scale(scale: Any, bound: float | None, dtype: np.dtype) -> float | None:
@@ -268,11 +277,12 @@ def _static_scale(scale: Any, bound: float | None, dtype: np.dtype) -> float | N
     if not _real(scale):
         return None
     largest = float(jnp.finfo(jnp.float64 if dtype == jnp.float64 else jnp.float32).max)
-    if not abs(scale) <= largest:
+    value = _float(scale)
+    if not abs(value) <= largest:
         raise ValueError(f"scale must be finite, got {scale}")
-    if bound is not None and abs(scale) > bound:
+    if bound is not None and abs(value) > bound:
         raise ValueError(f"scale={scale} lies beyond scale_bound={bound}")
-    return float(scale)
+    return value
 
 
 def _check_array_scale(scale: Any, dtype: np.dtype, n: int) -> None:
@@ -309,7 +319,9 @@ def _precision(precision: Any) -> Literal["default", "high", "highest"]:
     if precision is None:
         config: Any = jax.config
         precision = config.jax_default_matmul_precision or "default"
-    if isinstance(precision, tuple | list):  # of the two sides of a product: the stricter one
+    if (
+        isinstance(precision, tuple | list) and precision
+    ):  # of the two sides of a product: the stricter one
         levels: Any = ("default", "high", "highest")
         return max(map(_precision, precision), key=levels.index)
     if isinstance(precision, jax.lax.DotAlgorithmPreset):
@@ -318,7 +330,7 @@ def _precision(precision: Any) -> Literal["default", "high", "highest"]:
         return _ALGORITHMS.get(precision, "default")
     try:
         name: Any = jax.lax.Precision(precision).name.lower()
-    except ValueError:
+    except (ValueError, TypeError):  # TypeError: not hashable
         raise ValueError(
             "precision must be None, a jax.lax.Precision or one of its names "
             f"('default', 'high', 'highest', ...), got {precision!r}"

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from jax_cosine_attn._api import arguments, attend
-from jax_cosine_attn._validate import validate
+from jax_cosine_attn._validate import check_flag, validate
 
 
 def flash_cosine_sim_attention(
@@ -61,7 +61,17 @@ def plain_cosine_sim_attention(
     l2norm_qk: bool = True,
     attn_bias_batch_dim: bool = False,
 ) -> jax.Array:
-    """`flash_cosine_sim_attention` by the plain formula, which stores all logits."""
+    """`flash_cosine_sim_attention` by the plain formula, which stores all logits.
+
+    Args:
+      q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim: as there.
+
+    Returns:
+      out, shaped and typed like q: [b, h, i, d], or merged [bh, i, d].
+
+    Raises:
+      ValueError, TypeError: as `cosine_attention` does.
+    """
     return _attend(
         "reference", q, k, v, mask, attn_bias, scale, groups, causal, l2norm_qk, attn_bias_batch_dim
     )
@@ -80,6 +90,7 @@ def _attend(
     l2norm_qk: Any,
     attn_bias_batch_dim: Any,
 ) -> jax.Array:
+    check_flag("attn_bias_batch_dim", attn_bias_batch_dim)
     _check_rank("q", q, {4: "[b, h, i, d]", 3: "[bh, i, d]"})
     merged = len(q.shape) == 3
     kv_axes = {3: "[bh, j, d]"} if merged else {4: "[b, h, j, d]", 3: "[b, j, d]"}

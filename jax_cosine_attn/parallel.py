@@ -40,7 +40,7 @@ def merge_partials(
     out is 0 and gradients are 0.
 
     Args:
-      outs: outputs, each [B, T, N, H] (or [T, N, H]), or one array of them stacked on axis 0.
+      outs: float outputs, each [B, T, N, H] (or [T, N, H]), or one array of them stacked on axis 0.
       lses: their log-sum-exps in natural units, each [B, T, N] (or [T, N]), stacked likewise.
 
     Returns:
@@ -48,6 +48,7 @@ def merge_partials(
 
     Raises:
       ValueError: no parts, as many outs as lses are not given, or shapes do not match.
+      TypeError: an array is not floating point.
     """
     if len(outs) != len(lses) or len(outs) == 0:
         raise ValueError(
@@ -59,6 +60,9 @@ def merge_partials(
                 "every out must be [B, T, N, H] and its lse [B, T, N]; got "
                 f"outs {[x.shape for x in outs]}, lses {[x.shape for x in lses]}"
             )
+    dtypes = [x.dtype for x in (*outs, *lses)]
+    if not all(jnp.issubdtype(dtype, jnp.floating) for dtype in dtypes):
+        raise TypeError(f"outs and lses must be floating point; got {[str(x) for x in dtypes]}")
     dtype = jnp.result_type(*outs)
     accumulated = jnp.promote_types(dtype, jnp.float32)
     out = jnp.stack([x.astype(accumulated) for x in outs])
@@ -173,7 +177,7 @@ def ring_cosine_attention(
             query=(query, P(batch_axis, axis_name, head_axis)),
             key=(key, P(batch_axis, axis_name, head_axis)),
             value=(value, P(batch_axis, axis_name, head_axis)),
-            bias=(bias, _bias_spec(bias, batch_axis, head_axis, axis_name, None)),
+            bias=(bias, _bias_spec("bias", bias, batch_axis, head_axis, axis_name, None)),
             scale=(scale, P(head_axis)),
             seq_lengths=(seq_lengths, P(batch_axis)),
             segment_ids=(segment_ids, rows),
@@ -269,8 +273,8 @@ def kv_sharded_cosine_attention(
             query=(query, P(batch_axis, None, head_axis)),
             key=(key, P(batch_axis, axis_name, head_axis)),
             value=(value, P(batch_axis, axis_name, head_axis)),
-            bias=(bias, _bias_spec(bias, batch_axis, head_axis, None, axis_name)),
-            mask=(mask, _bias_spec(mask, batch_axis, head_axis, None, axis_name)),
+            bias=(bias, _bias_spec("bias", bias, batch_axis, head_axis, None, axis_name)),
+            mask=(mask, _bias_spec("mask", mask, batch_axis, head_axis, None, axis_name)),
             scale=(scale, P(head_axis)),
             key_value_seq_lengths=(key_value_seq_lengths, P(batch_axis)),
         )
@@ -329,9 +333,9 @@ def _over_mesh(
     return jax.jit(mapped, inline=True)(given)
 
 
-def _bias_spec(x: Any, *axes: AxisName) -> P:
+def _bias_spec(name: str, x: Any, *axes: AxisName) -> P:
     """Of [1|B, 1|N, 1|T, 1|S]: what is shared is not cut."""
-    _check_rank(bias_or_mask=x)
+    _check_rank(**{name: x})
     sizes = () if x is None else x.shape
     return P(*(None if size == 1 else axis for size, axis in zip(sizes, axes, strict=False)))
 

@@ -1,5 +1,6 @@
 """What was built and installed: version, extension, the compiler's log, the GPU record's tools."""
 
+import ast
 import importlib.metadata
 import json
 import re
@@ -30,6 +31,20 @@ def test_targets_are_capsules():
     registrations = _cuda.registrations()
     assert {"jax_cosine_attn_fwd", "jax_cosine_attn_bwd"} <= registrations.keys()
     assert {type(capsule).__name__ for capsule in registrations.values()} == {"PyCapsule"}
+
+
+@needs_kernels
+def test_stub_is_of_the_extension():
+    """Names and numbers of parameters, as pybind11 states them."""
+    from jax_cosine_attn import _cuda
+
+    stub = ast.parse((ROOT / "jax_cosine_attn" / "_cuda.pyi").read_text())
+    functions = {x.name: x for x in stub.body if isinstance(x, ast.FunctionDef)}
+    assert functions.keys() == {name for name in dir(_cuda) if not name.startswith("_")}
+    for name, function in functions.items():
+        signature = (getattr(_cuda, name).__doc__ or "").splitlines()[0]
+        count = len(function.args.posonlyargs) + len(function.args.args)
+        assert signature.startswith(f"{name}(") and signature.count(": ") == count, signature
 
 
 def ptxas_log() -> str:

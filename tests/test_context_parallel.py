@@ -1,6 +1,7 @@
 """Ring and KV-sharded attention: what one device computes, its gradients, and what is moved."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -257,6 +258,23 @@ def test_ring_moves_keys_forward_and_gradients_too_backward(is_causal):
     assert collectives(gradient.lower(ops).compile()) == {"collective-permute": 4 + 2 + 6}
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.parametrize("attend", [ring_cosine_attention, kv_sharded_cosine_attention])
+def test_backward_repeats_no_forward(attend, is_causal):
+    """Its parts take lse and out of whole rows: as many calls forward as without a gradient."""
+    ops = inputs()
+    f = functools.partial(attend, axis_name="cp", mesh=mesh_of((4,), ("cp",)), is_causal=is_causal)
+
+    def calls(f, name):
+        return len(re.findall(rf"cosine_attn_{name}\[", str(jax.make_jaxpr(f)(ops))))
+
+    def gradient(ops):
+        return jax.grad(lambda ops: f(**ops).sum())(ops)
+
+    forwards = calls(lambda ops: f(**ops), "fwd")
+    assert calls(gradient, "fwd") == calls(gradient, "bwd") == forwards > 0
+
+
 @pytest.mark.usefixtures("exact_products")
 def test_over_a_mesh_without_jit():
     ops, mesh = inputs(), mesh_of((8,), ("cp",))
@@ -349,10 +367,13 @@ def test_keys_apart_take_one_all_reduce():
             kv_sharded_cosine_attention, axis_name="cp", mesh=mesh,
             key_value_seq_lengths=lengths, **options,
         )  # fmt: skip
-        return collectives(jax.jit(lambda ops: f(**ops)).lower(ops).compile())
+        gradient = jax.grad(lambda ops: f(**ops).sum())
+        programs = (lambda ops: f(**ops), gradient)
+        return [collectives(jax.jit(g).lower(ops).compile()) for g in programs]
 
-    assert count() == {"all-reduce": 1}
-    assert count(scale=100.0) == {"all-reduce": 2}
+    # The backward adds one, of dq.
+    assert count() == [{"all-reduce": 1}, {"all-reduce": 2}]
+    assert count(scale=100.0) == [{"all-reduce": 2}, {"all-reduce": 3}]
 
 
 # Indices and errors.
@@ -374,7 +395,7 @@ def test_zigzag_indices():
         ({"implementation": "reference"}, "got 'reference'"),
         ({"batch_axis": "data"}, "batch_axis='data'"),
         ({"bias": jnp.ones((1, 1, 1, 3))}, "bias must broadcast"),
-        ({"bias": jnp.ones((4, 4))}, "four axes"),
+        ({"bias": jnp.ones((4, 4))}, "bias must have the four axes"),
     ],
     ids=str,
 )

@@ -210,3 +210,9 @@ def test_gradients():
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         merge_partials(*change(*partials(2)))
+
+
+def test_integers_are_no_partials():
+    outs, lses = partials(1)
+    with pytest.raises(TypeError, match=r"must be floating point; got \['int32', 'float32'\]"):
+        merge_partials([outs[0].astype(int)], lses)

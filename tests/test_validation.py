@@ -257,6 +257,8 @@ BAD = [
     # Scale.
     case("scale-inf", ValueError, "scale must be finite, got inf", scale=float("inf")),
     case("scale-nan", ValueError, "scale must be finite, got nan", scale=np.float32("nan")),
+    case("scale-float16-inf", ValueError, "must be finite, got inf", scale=np.float16("inf")),
+    case("scale-huge-int", ValueError, "scale must be finite, got 1000", scale=10**400),
     case("scale-float32-range", ValueError, "scale must be finite, got 1e+39", scale=1e39),
     case("scale-text", TypeError, "scale must be a float or an array, got '8'", scale="8"),
     case("scale-none", TypeError, "scale must be a float or an array, got None", scale=None),
@@ -287,10 +289,13 @@ BAD = [
     case("bound-negative", ValueError, "scale_bound must be positive", scale_bound=-1.0),
     case("bound-inf", ValueError, "scale_bound must be positive", scale_bound=float("inf")),
     case("bound-nan", ValueError, "scale_bound must be positive", scale_bound=float("nan")),
+    case("bound-huge-int", ValueError, "scale_bound must be positive", scale_bound=10**400),
     case("bound-array", TypeError, "scale_bound must be a Python float", scale_bound=zeros()),
     # Precision.
     case("precision", ValueError, "precision must be None", precision="extreme"),
     case("precision-type", ValueError, "got 3", precision=3),
+    case("precision-of-no-side", ValueError, "precision must be None", precision=()),
+    case("precision-dict", ValueError, "got {}", precision={}),
 ]
 
 
@@ -372,6 +377,11 @@ def test_bad_input_of_the_original_signature(message, arguments):
         flash_cosine_sim_attention(**good)
 
 
+def test_batch_dim_of_the_original_signature_is_a_flag():
+    with pytest.raises(TypeError, match="attn_bias_batch_dim must be True or False, got 2"):
+        flash_cosine_sim_attention(*[zeros(2, 4, 5, 8)] * 3, attn_bias_batch_dim=2)
+
+
 def test_merged_heads_need_merged_keys():
     with pytest.raises(ValueError, match=re.escape("k must be [bh, j, d], got (2, 4, 7, 8)")):
         flash_cosine_sim_attention(zeros(8, 5, 8), zeros(2, 4, 7, 8), zeros(2, 4, 7, 8))
@@ -381,6 +391,7 @@ def test_merged_heads_need_merged_keys():
     "arguments",
     [
         {"scale": np.float32(3)},
+        {"scale": np.float16(3)},
         {"scale": np.int64(-3)},
         {"scale": 0},
         {"scale": np.full(4, 3.0)},  # NumPy's default dtype, float32 inside JAX
