@@ -716,6 +716,45 @@ def test_blockwise_batch_rule(monkeypatch, seed, heads_per_step):
         )
 
 
+@pytest.mark.parametrize(
+    ("options", "lengths", "steps"),
+    [
+        ({}, {}, 16),
+        ({"is_causal": True}, {}, 10),
+        ({"window": (3, 0)}, {}, 7),
+        ({}, {"kv_lengths": 20}, 8),
+        ({}, {"q_lengths": 20, "kv_lengths": 16}, 2),
+        ({"is_causal": True}, {"kv_lengths": 20}, 3),
+        ({}, {"kv_lengths": 0}, 0),
+    ],
+    ids=str,
+)
+def test_blockwise_skips_blocks_without_a_pair(monkeypatch, options, lengths, steps):
+    """Of 4 x 4 blocks, forward and backward; counted where they run, not where they are traced."""
+    monkeypatch.setattr(_blockwise, "BLOCK", 16)
+    allowed, seen = _blockwise._Call.allowed, []
+
+    def counted(*args):
+        jax.debug.callback(lambda: seen.append(None))
+        return allowed(*args)
+
+    monkeypatch.setattr(_blockwise._Call, "allowed", counted)
+    rng = np.random.default_rng(0)
+    q, k, v = normal(rng, 3, 1, 2, 64, 8)
+    ops = Operands(q, k, v, np.full((1, 1), 8, np.float32))
+    ops = ops._replace(**{name: int32(x) for name, x in lengths.items()})
+    config = Config(batch=1, layout="BNTH", bound=8.0, **options)
+    # Functions of this test's own: traces of others count elsewhere.
+    results = jax.jit(lambda ops: _blockwise.blockwise_fwd(ops, config))(ops)
+    jax.effects_barrier()
+    assert len(seen) == steps
+    seen.clear()
+    backward = jax.jit(lambda *x: _blockwise.blockwise_bwd(*x, v, None, config, (), ()))
+    jax.block_until_ready(backward(ops, *results))
+    jax.effects_barrier()
+    assert len(seen) == steps
+
+
 # Gradients that are bitwise equal from run to run: on CUDA by kernels of their own.
 
 DETERMINISTIC_OPTIONS = (
