@@ -142,6 +142,9 @@ def why_not(implementation: str | Sequence[str] | None, *args: Any, **kwargs: An
       *args: further positional arguments of `cosine_attention`.
       **kwargs: further keyword arguments of `cosine_attention`.
 
+    Returns:
+      The reason as text, or None.
+
     Raises:
       ValueError, TypeError: as `cosine_attention` does.
     """

@@ -330,3 +330,37 @@ def test_layout_of_the_original():
     actual, compiled = run_sharded(f, ops, mesh, dict.fromkeys(ops, ("data", "model")))
     assert collectives(compiled) == {}
     np.testing.assert_allclose(actual, f(ops), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "axis_type",
+    [
+        pytest.param(AxisType.Auto, id="auto"),
+        pytest.param(AxisType.Explicit, id="explicit", marks=pytest.mark.full),
+    ],
+)
+@implementations
+def test_inside_a_partly_manual_shard_map(implementation, axis_type):
+    """Over the batch; heads are XLA's. What devices share gets the gradient of the whole batch."""
+    ops = inputs("scale", "bias")
+    specs = {name: P("data") if name in ("query", "key", "value") else P() for name in ops}
+    mesh = mesh_of((2, 4), ("data", "model"), axis_type)
+
+    def attend(ops):
+        return cosine_attention(
+            **ops, is_causal=True, scale_bound=20.0, precision="highest",
+            implementation=implementation, return_residual=True,
+        )  # fmt: skip
+
+    def gradient(f, ops):
+        def loss(ops):
+            out, lse = f(ops)
+            return jnp.sin(3 * out).sum() + jnp.sin(lse).sum()
+
+        return jax.value_and_grad(loss)(ops)
+
+    mapped = jax.shard_map(
+        attend, mesh=mesh, in_specs=(specs,), out_specs=P("data"), axis_names={"data"}
+    )
+    actual, _ = run_sharded(functools.partial(gradient, mapped), ops, mesh)
+    assert_close(actual, jax.jit(functools.partial(gradient, attend))(ops))
