@@ -63,8 +63,8 @@ def cosine_attention(
         float32 or float64.
       key: [B, S, K, H], of query's dtype.
       value: [B, S, K, H], of query's dtype.
-      bias: of any float dtype, broadcastable to [B, N, T, S]; added to the logits. Its gradient
-        has its own shape and dtype. -inf means masked.
+      bias: float16, bfloat16, float32 or float64, broadcastable to [B, N, T, S]; added to the
+        logits. Its gradient has its own shape and dtype. -inf means masked.
       mask: bool, broadcastable to [B, N, T, S]; True = may attend.
       scale: the inverse temperature. A Python or NumPy scalar is static; a float32 array, [N] or
         [], is a learned one and differentiable (float64 for float64 inputs).
