@@ -36,6 +36,8 @@ ARITHMETIC = {
 # Up to so many keys the forward may normalise k itself, in tiles that have no candidates:
 # find_raw_instance in cuda/launch/attention.cu.
 RAW_KEYS = 1024
+# And the backward may run in clusters that hold all keys, if none is masked: find_clusters there.
+CLUSTER_KEYS = 1024
 TOLERANCE = 2e-2  # of the largest result: several roundings to bfloat16
 
 
@@ -55,7 +57,7 @@ def candidates(instances: Sequence[Mapping[str, Any]], smem_bytes: int) -> dict[
     no other are left out."""
     found: dict[Key, list[dict]] = {}
     for row in instances:
-        if row["family"] == "sm90" and row["direction"] in ("fwd", "bwd") and not row["raw"]:
+        if row["family"] == "sm90" and row["direction"] in ("fwd", "bwd") and not row["fused"]:
             key = Key(row["direction"], row["arithmetic"], row["head_dim"])
             if row["candidate"] == 0 or row["smem_bytes"] <= smem_bytes:
                 found.setdefault(key, []).append(dict(row))
@@ -65,8 +67,10 @@ def candidates(instances: Sequence[Mapping[str, Any]], smem_bytes: int) -> dict[
 
 def cases_of(direction: str, seq_lens: Sequence[int]) -> list[Case]:
     """Full and causal, of those lengths at which calls take the tiles that are tried."""
-    lengths = [t for t in seq_lens if direction == "bwd" or t > RAW_KEYS]
-    return [Case(t, is_causal) for t in lengths for is_causal in (False, True)]
+    cases = [Case(t, is_causal) for t in seq_lens for is_causal in (False, True)]
+    if direction == "bwd":
+        return [case for case in cases if case.is_causal or case.seq_len > CLUSTER_KEYS]
+    return [case for case in cases if case.seq_len > RAW_KEYS]
 
 
 def described(row: Mapping[str, Any]) -> str:

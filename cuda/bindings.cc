@@ -43,7 +43,7 @@ py::list instances() {
     row["family"] = jca::name(instance.family);
     row["unbounded"] = instance.unbounded;
     row["small"] = instance.small;
-    row["raw"] = instance.raw;
+    row["fused"] = instance.fused;
     row["head_dim"] = instance.head_dim;
     row["block_m"] = instance.block_m;
     row["block_n"] = instance.block_n;

@@ -45,8 +45,11 @@ def calls(instance: dict):
         return
     with_biases = instance["unbounded"] and instance["direction"] != "dq"
     lengths = np.array([60, 1], np.int32)
-    if instance["raw"]:
-        yield from raw_calls(head_dim, lengths)
+    if instance["fused"]:
+        if instance["direction"] == "fwd":
+            yield from raw_calls(head_dim, lengths)
+        else:
+            yield from cluster_calls(head_dim, instance["block_m"] // 16)
         return
     # More keys than kernels take that normalise them themselves.
     s = 1088 if (instance["family"], instance["direction"]) == ("sm90", "fwd") else 64
@@ -94,6 +97,14 @@ def raw_calls(head_dim: int, lengths: np.ndarray):
     }
     yield "ragged", ragged, options, {}
     yield "window", ragged, {"local_window_size": (40, 30)}, {}
+
+
+def cluster_calls(head_dim: int, most_ctas: int):
+    """Whole blocks, of more heads than a GPU runs clusters at a time and of few."""
+    yield "one CTA", dict(t=128, s=128, n=80, k=80, h=head_dim), {}, {}
+    of_clusters = dict(t=256, s=128 * most_ctas, n=4, k=2, h=head_dim - 8)
+    yield "clusters", of_clusters, {}, {}
+    yield "normalised", of_clusters | {"s": 256}, {"l2norm_qk": False}, {}
 
 
 def decode_calls(head_dim: int, t: int):
@@ -157,7 +168,7 @@ def run(instance: dict) -> None:
         for result in jax.tree.leaves(results):
             assert np.isfinite(np.asarray(result, np.float32)).all(), (instance, name)
         of = (
-            "family", "direction", "arithmetic", "unbounded", "small", "raw", "head_dim",
+            "family", "direction", "arithmetic", "unbounded", "small", "fused", "head_dim",
             "candidate",
         )  # fmt: skip
         print(*(instance[x] for x in of), name, flush=True)

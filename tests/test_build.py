@@ -96,7 +96,7 @@ def test_sanitizers_see_every_instance():
     from jax_cosine_attn import _cuda
 
     def taken(like: dict, head_dim: int, packed_rows: int, smem_bytes: int) -> dict:
-        same = ("direction", "arithmetic", "unbounded", "raw", "candidate")
+        same = ("direction", "arithmetic", "unbounded", "fused", "candidate")
         return next(
             i
             for i in _cuda.instances()

@@ -396,7 +396,7 @@ TILE_OPTIONS = (
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", TILE_OPTIONS)
-@pytest.mark.parametrize("h", [64, 120, 128])
+@pytest.mark.parametrize("h", [64, 120, 128, 200])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_options_over_tiles(name, h, dtype):
     check_options("cuda", name, dtype, Sizes(2, 300, 700, 4, 2, h))
@@ -412,6 +412,19 @@ def test_options_over_tiles(name, h, dtype):
 def test_keys_normalised_before_and_again(name, t, s, n, k, h, dtype):
     """The forward on Hopper has many keys normalised by a kernel before it, and few itself, here in
     more tiles than a GPU runs at a time."""
+    check_options("cuda", name, dtype, Sizes(2, t, s, n, k, h))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["plain", "normalised", "scale-negative"])
+@pytest.mark.parametrize("h", [64, 72, 120, 128])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
+@pytest.mark.parametrize(
+    "t, s, n, k", [(128, 128, 80, 80), (384, 256, 6, 2), (128, 512, 44, 44), (256, 1024, 6, 2)]
+)
+def test_keys_of_a_head_in_a_cluster(name, t, s, n, k, h, dtype):
+    """The backward on Hopper that leaves dq finished, where no pair is forbidden and all blocks are
+    full: of more heads than clusters that run at a time, and of few."""
     check_options("cuda", name, dtype, Sizes(2, t, s, n, k, h))
 
 

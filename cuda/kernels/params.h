@@ -270,6 +270,8 @@ struct BwdTmaParams {
   RowStats stats;
   float* dq_accum;  // in DqTiles
   float2* row_sums;
+  Rows q_raw, dq;                // of clusters, which leave nothing in dq_accum
+  const float* q_inverse_norm;  // [B, N, T]
   Rows dk, dv;
   int section;     // neighbouring (batch, kv head) whose tiles are taken together
   int* next_tile;  // as in FwdTmaParams

@@ -246,6 +246,53 @@ int multiprocessors() {
   return count;
 }
 
+// A grid of clusters of `ctas` CTAs.
+cudaLaunchConfig_t cluster_config(const Instance& instance, int ctas, int64_t clusters,
+                                  cudaLaunchAttribute& attribute) {
+  attribute = {};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim = {unsigned(ctas), 1, 1};
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(ctas * clusters));
+  config.blockDim = dim3(instance.threads);
+  config.dynamicSmemBytes = instance.smem_bytes;
+  config.attrs = &attribute;
+  config.numAttrs = 1;
+  return config;
+}
+
+// How many of them run at a time; 0 where the part of a GPU that is ours has no room for one.
+int clusters_at_a_time(const Instance& instance, int ctas) {
+  cudaLaunchAttribute attribute;
+  const cudaLaunchConfig_t config = cluster_config(instance, ctas, 1, attribute);
+  int clusters = 0;
+  const bool known =
+      cudaFuncSetAttribute(instance.kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                           instance.smem_bytes) == cudaSuccess &&
+      cudaOccupancyMaxActiveClusters(&clusters, instance.kernel, &config) == cudaSuccess;
+  if (known) return clusters;
+  cudaGetLastError();  // no error of the launches that follow
+  return 0;
+}
+
+// Launches a kernel whose clusters, at most so many, take heads in turns; it waits for the kernel before.
+template <class Params>
+Status launch_clusters(cudaStream_t stream, const Instance& instance, Params params, int ctas, int clusters,
+                       int64_t heads) {
+  EarlyLaunch early;
+  const Status status = early.init(instance.kernel);
+  if (!status.ok()) return status;
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config =
+      cluster_config(instance, ctas, std::min<int64_t>(heads, clusters), attributes[0]);
+  attributes[1] = early.attribute;
+  config.numAttrs += early.count;
+  config.stream = stream;
+  void* args[] = {&params};
+  return status_of(cudaLaunchKernelExC(&config, instance.kernel, args),
+                   describe(instance.direction, instance.arithmetic, params.problem).c_str());
+}
+
 // Launches a kernel whose CTAs take tiles from a counter.
 template <class Params>
 Status launch_persistent(cudaStream_t stream, const Instance& instance, const Params& params, int64_t tiles,
@@ -483,9 +530,37 @@ Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdPara
   return status_of(cudaGetLastError(), "summing the gradient of a bias");
 }
 
+// The backward that leaves dq finished, and of how many CTAs its clusters are, which hold all keys of a head;
+// null where some pair is forbidden, a block not full, or the cluster too large, for the kernel or for what
+// the process has of the GPU. It knows no sums for dscale.
+struct ClusterPlan {
+  const Instance* instance = nullptr;
+  int ctas = 0, clusters = 0;  // the latter at a time
+};
+ClusterPlan find_clusters(const BackwardCall& call) {
+  const Problem& p = call.problem;
+  const bool one_norm = p.groups == 1 || !p.l2norm, has_data = p.mask.data || p.q_segments.data;
+  const bool has_lengths = p.q_lengths.data || p.kv_lengths.data;
+  if (!one_norm || has_data || has_lengths || has_window(p) || call.unbounded || call.deterministic ||
+      call.row_sums != nullptr || call.dscale != nullptr) {
+    return {};
+  }
+  const Instance* instance =
+      find_instance(Direction::kBackward, call.arithmetic, false, p.head_dim, 0, true);
+  if (instance == nullptr || p.seqlen_q == 0 || p.seqlen_q % instance->block_m != 0 ||
+      p.seqlen_k % instance->block_n != 0) {
+    return {};
+  }
+  const int ctas = p.seqlen_k / instance->block_n, most = instance->block_m / DqTiles::kRows;
+  const bool is_power = ctas > 0 && (ctas & (ctas - 1)) == 0;
+  const int clusters = is_power && ctas <= most ? clusters_at_a_time(*instance, ctas) : 0;
+  return clusters > 0 ? ClusterPlan{instance, ctas, clusters} : ClusterPlan{};
+}
+
 // The backward on Hopper, for the same as `of`; k, raw or k^, as the kernel reads it.
 Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& k,
-                            const Rows& raw_v, int* next_tile) {
+                            const BackwardCall& call, const ClusterPlan& clusters) {
+  const Rows& raw_v = call.v;
   const Problem& p = of.problem;
   const FloatType type =
       instance.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
@@ -500,10 +575,13 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
                       .stats = of.stats,
                       .dq_accum = static_cast<float*>(of.dq_accum),
                       .row_sums = of.row_sums,
+                      .q_raw = call.q,
+                      .dq = call.dq,
+                      .q_inverse_norm = call.q_inverse_norm,
                       .dk = of.dk,
                       .dv = of.dv,
                       .section = 1,
-                      .next_tile = next_tile};
+                      .next_tile = call.next_tile};
   const Status status = make_tensor_maps(
       {{&params.q_map, "q^", of.q_hat, type, p.seqlen_q, p.num_heads, instance.block_m},
        {&params.k_map, "k", k, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
@@ -518,6 +596,10 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
     const int64_t sums = int64_t{4} * p.num_heads / p.num_heads_kv * p.seqlen_q * p.head_dim_padded;
     params.section = static_cast<int>(std::clamp<int64_t>(kSumsInUse / sums, 1, kMostHeads));
   }
+  if (clusters.ctas > 0) {
+    return launch_clusters(stream, instance, params, clusters.ctas, clusters.clusters,
+                           int64_t(p.num_heads_kv) * p.batch);
+  }
   if (of.row_sums != nullptr) instance.kernel = instance.kernel_of_sums;
   return launch_persistent(stream, instance, params,
                            ceil_div(p.seqlen_k, instance.block_n) * p.num_heads_kv * p.batch, true);
@@ -530,6 +612,8 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
       find_instance(Direction::kBackward, call.arithmetic, call.unbounded, p.head_dim);
   const bool is_sm90 = instance != nullptr && instance->family == Family::kSm90;
   const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
+  const ClusterPlan clusters = is_sm90 ? find_clusters(call) : ClusterPlan{};
+  if (clusters.instance != nullptr) instance = clusters.instance;
   Status status = condense(stream, p);
   if (!status.ok()) return status;
   const bool k_is_raw = is_sm90 && !listed && (p.groups == 1 || !p.l2norm);
@@ -593,7 +677,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
                             .q_inverse_norm = call.q_inverse_norm,
                             .stats = call.stats,
                             .sums = static_cast<uint4*>(call.dq_accum),
-                            .zeros = call.deterministic ? 0 : sums * sum_bytes / 16,
+                            .zeros = call.deterministic || clusters.ctas > 0 ? 0 : sums * sum_bytes / 16,
                             .row_sums = call.row_sums,
                             .next_tile = call.next_tile};
   status = launch_rows<query_rows<T, 4>, query_rows<T, 8>, query_rows<T, 16>, query_rows<T, 32>>(
@@ -607,8 +691,9 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
     params.dbias = params.drelative_bias = {};
   }
   if (is_sm90) {
-    status = launch_backward_sm90(stream, *instance, params, k_is_raw ? call.k : call.k_hat, call.v,
-                                  call.next_tile);
+    status = launch_backward_sm90(stream, *instance, params, k_is_raw ? call.k : call.k_hat, call,
+                                  clusters);
+    if (clusters.ctas > 0) return status;
   } else {
     status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
                              [&](const Instance& instance) {

@@ -99,7 +99,7 @@ void limit_shared_memory(int bytes) { shared_memory_limit = bytes; }
 void select_candidate(int number) { selected_candidate = number; }
 
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
-                              int head_dim, int packed_rows, bool raw) {
+                              int head_dim, int packed_rows, bool fused) {
   constexpr int kStatic = 384;  // bytes that kernels declare themselves (ptxas -v)
   const int available = shared_memory() - kStatic;
   const Instance* found = nullptr;
@@ -108,7 +108,7 @@ const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool u
     if ((instance.candidate == 0 || instance.candidate == selected_candidate) &&
         instance.direction == direction && instance.arithmetic == arithmetic &&
         instance.unbounded == unbounded && instance.head_dim >= head_dim &&
-        instance.block_m >= packed_rows && instance.raw == raw && instance.smem_bytes <= available &&
+        instance.block_m >= packed_rows && instance.fused == fused && instance.smem_bytes <= available &&
         runs(instance, head_dim)) {
       found = &instance;
     }

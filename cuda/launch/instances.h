@@ -32,7 +32,7 @@ struct Instance {
   int smem_bytes;
   int block_m, block_n;
   const void* kernel_of_sums = nullptr;  // where another takes backward calls that want dscale
-  bool raw = false;   // forward on Hopper: normalises q and k itself; without masks and segments
+  bool fused = false;  // on Hopper: needs no pass over k before it, or backward none over dq after it
   int stages = 0;     // on Hopper, of the rings of k and v, or of q^ and dO
   int candidate = 0;  // the shipped one; in a build for tuning others follow it, numbered from 1
 };
@@ -42,14 +42,14 @@ const char* name(Arithmetic arithmetic);
 const char* name(Family family);
 
 // All of them; those of one direction in the order family (the newest first), unbounded, arithmetic, small,
-// raw ones first, head_dim, block_m; candidates follow the shipped one.
+// fused ones first, head_dim, block_m; candidates follow the shipped one.
 std::span<const Instance> instances();
 
 // The smallest instance that holds head_dim and, of decode, all packed rows, and that the current device
 // runs and has shared memory for, of kSm90 where there is one; null when there is none. Small ones are
 // unbounded: they take any call.
 const Instance* find_instance(Direction direction, Arithmetic arithmetic, bool unbounded,
-                              int head_dim, int packed_rows = 0, bool raw = false);
+                              int head_dim, int packed_rows = 0, bool fused = false);
 
 // For tests: finds instances as on a GPU that grants a CTA this many bytes; 0: as the device says.
 void limit_shared_memory(int bytes);

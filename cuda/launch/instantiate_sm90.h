@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/sm90/bwd.h"
+#include "kernels/sm90/bwd_wide.h"
 #include "kernels/sm90/fwd.h"
 #include "launch/instance_rows.h"
 
@@ -21,7 +22,7 @@ Instance sm90_fwd_instance(Arithmetic arithmetic, int candidate = 0) {
           .smem_bytes = Tile::kSmemBytes,
           .block_m = Tile::kBlockM,
           .block_n = Tile::kBlockN,
-          .raw = Tile::kRaw,
+          .fused = Tile::kRaw,
           .stages = Tile::kStages,
           .candidate = candidate};
 }
@@ -72,8 +73,50 @@ Instance sm90_bwd_instance(Arithmetic arithmetic, int candidate = 0) {
 }
 
 template <class T>
+Instance sm90_wide_bwd_instance(Arithmetic arithmetic) {
+  using sm90::WideBwdKernel;
+  using Tile = sm90::WideBwdTile<T, false>;
+  using TileOfSums = sm90::WideBwdTile<T, true>;
+  static_assert(Tile::kSmemBytes == TileOfSums::kSmemBytes);
+  return {.direction = Direction::kBackward,
+          .arithmetic = arithmetic,
+          .family = Family::kSm90,
+          .unbounded = false,
+          .small = false,
+          .head_dim = Tile::kHeadDim,
+          .kernel = reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<Tile, WideBwdKernel<Tile>>),
+          .threads = Tile::kThreads,
+          .smem_bytes = Tile::kSmemBytes,
+          .block_m = Tile::kBlockM,
+          .block_n = Tile::kBlockN,
+          .kernel_of_sums = reinterpret_cast<const void*>(
+              &sm90::cosine_attn_bwd_sm90<TileOfSums, WideBwdKernel<TileOfSums>>),
+          .stages = Tile::kStages};
+}
+
+template <class T, int kHeadDim>
+Instance sm90_cluster_bwd_instance(Arithmetic arithmetic) {
+  using Tile = sm90::ClusterBwdTile<T, kHeadDim>;
+  return {.direction = Direction::kBackward,
+          .arithmetic = arithmetic,
+          .family = Family::kSm90,
+          .unbounded = false,
+          .small = false,
+          .head_dim = Tile::kHeadDim,
+          .kernel = reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<Tile>),
+          .threads = Tile::kThreads,
+          .smem_bytes = Tile::kSmemBytes,
+          .block_m = Tile::kBlockM,
+          .block_n = Tile::kBlockN,
+          .fused = true,
+          .stages = Tile::kStages};
+}
+
+template <class T>
 InstanceRow sm90_bwd_row(Arithmetic arithmetic) {
-  return {sm90_bwd_instance<T, 64>(arithmetic),
+  return {sm90_cluster_bwd_instance<T, 64>(arithmetic),
+          sm90_cluster_bwd_instance<T, 128>(arithmetic),
+          sm90_bwd_instance<T, 64>(arithmetic),
 #ifdef JAX_COSINE_ATTN_TUNE
           sm90_bwd_instance<T, 64, 3>(arithmetic, 1),
 #endif
@@ -81,6 +124,7 @@ InstanceRow sm90_bwd_row(Arithmetic arithmetic) {
 #ifdef JAX_COSINE_ATTN_TUNE
           sm90_bwd_instance<T, 128, 3>(arithmetic, 1),
 #endif
+          sm90_wide_bwd_instance<T>(arithmetic),
   };
 }
 

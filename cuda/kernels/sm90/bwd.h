@@ -10,12 +10,17 @@
 // counter. First come the blocks in which some pair is forbidden: hiding it takes branches, beside which no
 // product may be in flight (ptxas serialises such, note C7514). In the others exp runs beside the product of
 // dP, and dS beside that of dv.
+//
+// Where a cluster of CTAs holds all keys of a head, and no pair is forbidden, they take the same block of
+// queries at a time, and send their parts of dQ to one another: each adds up some of its rows in a fixed
+// order, and leaves them as dq of raw q. Nothing is reduced in memory then, and nothing is left to do after.
 #pragma once
 
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
 #include "kernels/sm90/norm.h"
 #include "kernels/sm90/pipeline.h"
+#include "ptx/cluster.h"
 #include "ptx/grid.h"
 
 namespace jca::sm90 {
@@ -24,9 +29,10 @@ namespace jca::sm90 {
 template <class T_, int kHeadDim_, bool kSums_, int kStages_ = 2>
 struct BwdTile {
   using T = T_;
-  static constexpr bool kSums = kSums_;
+  static constexpr bool kSums = kSums_, kClustered = false, kWide = false;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kDsWarps = 4 * kConsumers;  // that make dS
   static constexpr int kBlockM = kHeadDim <= 64 ? 128 : 64, kBlockN = 64 * kConsumers;
   static constexpr int kStages = kStages_;
   static constexpr int kChunks = kHeadDim / 64;  // columns come in chunks of 128 bytes, the swizzle's
@@ -70,6 +76,31 @@ struct BwdTile {
   static constexpr int kSmemBytes = sizeof(Shared) + kTileAlignment;
 };
 
+// All keys of a head in a cluster.
+template <class T_, int kHeadDim_>
+struct ClusterBwdTile : BwdTile<T_, kHeadDim_, false> {
+  using Base = BwdTile<T_, kHeadDim_, false>;
+  static constexpr bool kClustered = true;
+  static constexpr int kDqTiles = Base::kBlockM / DqTiles::kRows;  // in a block of queries, for the CTAs
+  // This CTA's share of a block of queries, from its first row on.
+  struct Share {
+    const T_* q;  // raw
+    T_* dq;
+    const float* inverse_norms;
+    float scale;
+  };
+  static constexpr int kShares = 4;  // of steps that are under way or loaded
+  static_assert(kShares > Base::kStages + 1);
+  struct Shared : Base::Shared {
+    Share share[kShares];  // of step i, i % kShares
+    // Parts of dQ in this CTA's share of a block, of all CTAs: as dq_accum, but lanes of each tile turned, so
+    // that rows are read without bank conflicts.
+    alignas(16) float dq_parts[Base::kBlockM * kHeadDim_];
+    ptx::Mbarrier parts_full, parts_empty;
+  };
+  static constexpr int kSmemBytes = sizeof(Shared) + kTileAlignment;
+};
+
 template <class Tile>
 struct BwdKernel {
   using T = typename Tile::T;
@@ -87,11 +118,20 @@ struct BwdKernel {
   const Problem& p;
   Shared& shared;
 
+  __device__ BwdKernel(const BwdTmaParams& params, Shared& shared)
+      : params(params), p(params.problem), shared(shared) {}
+
   __device__ int group() const { return p.num_heads / p.num_heads_kv; }
   __device__ int key_blocks() const { return (p.seqlen_k + kBlockN - 1) / kBlockN; }
 
   // The blocks with the most queries, of a causal call, come first.
   __device__ void locate(Work& work, int tile) const {
+    if constexpr (Tile::kClustered) {  // a tile is a head
+      work.n_block = ptx::cluster_rank();
+      work.b = tile / p.num_heads_kv;
+      work.head_kv = tile % p.num_heads_kv;
+      return;
+    }
     const TilePlace place(tile, params.section, key_blocks(), p.num_heads_kv * p.batch);
     work.n_block = place.block;
     work.b = place.head / p.num_heads_kv;
@@ -117,12 +157,14 @@ struct BwdKernel {
 
   __device__ void produce() {
     const bool leader = threadIdx.x % 32 == 0;
-    const int tiles = key_blocks() * p.num_heads_kv * p.batch;
+    const int heads = p.num_heads_kv * p.batch, tiles = Tile::kClustered ? heads : key_blocks() * heads;
+    const int first_tile = Tile::kClustered ? blockIdx.x / ptx::cluster_size() : blockIdx.x;
     Ring<1> at_keys;
     Ring<2> at_work;
     Ring<Tile::kStages> at;
+    int index = 0;  // of a step
     // The work before last is done once the keys of the last have been loaded.
-    for (int tile = blockIdx.x;; at_keys.advance(), at_work.advance()) {
+    for (int tile = first_tile;; at_keys.advance(), at_work.advance()) {
       Work& work = shared.work[at_work.stage];
       if (tile >= tiles) {
         shared.keys_empty.wait(at_keys.parity ^ 1);
@@ -135,7 +177,8 @@ struct BwdKernel {
       if (leader) {
         locate(work, tile);
         work.visible = Visible(p, work.b);
-        tile = atomicAdd(params.next_tile, 1) + gridDim.x;
+        tile = Tile::kClustered ? tile + gridDim.x / ptx::cluster_size()
+                                : atomicAdd(params.next_tile, 1) + gridDim.x;
       }
       tile = __shfl_sync(0xffffffff, tile, 0);
       __syncwarp();
@@ -179,6 +222,7 @@ struct BwdKernel {
             if (leader) {
               shared.step[at.stage] = {
                   m0, head, params.dq_accum + DqTiles::before(p, int64_t(b) * p.num_heads + head, m0)};
+              if constexpr (Tile::kClustered) find_share(index++, b, head, m0);
               load_queries(shared.q[at.stage], shared.lse[at.stage], params.q_map, shared.q_full[at.stage],
                            kLse, b, head, m0);
             }
@@ -377,6 +421,116 @@ struct BwdKernel {
     }
   }
 
+  // ---- dQ in a cluster: CTA r of n has rows r * kBlockM / n ... of each block.
+
+  // Bytes of a part: the columns of a tile of rows, from one CTA.
+  static constexpr int kPartBytes = int(sizeof(float)) * DqTiles::kSize * kH;
+  // A lane's 16 bytes in a tile of a part. Lanes are turned by the column, so that a row is read without bank
+  // conflicts.
+  __device__ static int in_part(int column, int lane) {
+    return column * int(sizeof(float)) * DqTiles::kSize + (lane + 4 * column) % 32 * 16;
+  }
+
+  __device__ static int tiles_each() { return Tile::kDqTiles >> (__ffs(ptx::cluster_size()) - 1); }
+
+  // By one thread of the producer.
+  __device__ void find_share(int step, int b, int head, int m0) const {
+    const int row = m0 + ptx::cluster_rank() * tiles_each() * DqTiles::kRows;
+    shared.share[step % Tile::kShares] = {
+        params.q_raw.template head<const T>(b, head).row(row), params.dq.template head<T>(b, head).row(row),
+        params.q_inverse_norm + (int64_t(b) * p.num_heads + head) * p.seqlen_q + row, p.scale(b, head)};
+  }
+
+  // This thread's part of dQ to the CTA that has its rows.
+  __device__ void send_dq(const Keys64& keys, int step, int warpgroup) const {
+    const int tile = int(threadIdx.x) / 32 % 4 + (kBlockM == 128 ? 4 * warpgroup : 0);
+    const int owner = tile * ptx::cluster_size() / Tile::kDqTiles;
+    const int part = (tile & (tiles_each() - 1)) * ptx::cluster_size() + ptx::cluster_rank();
+    const uint32_t to =
+        ptx::remote_address(ptx::smem_address(shared.dq_parts), owner) + part * kPartBytes;
+    const uint32_t full = ptx::remote_address(shared.parts_full.address(), owner);
+    const int first = kBlockM == 128 ? 0 : warpgroup * 8;  // column
+    shared.parts_empty.wait((step & 1) ^ 1);
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      ptx::store_remote_x4(to + in_part(first + n, threadIdx.x % 32), keys.dq[n], full);
+    }
+  }
+
+  // dq of this CTA's share of a step's block, once all parts have come: scale r (a - q^ <q^, a>), as the
+  // kernel finish_dq has it. A warp takes rows w and w + 8 of each tile.
+  __device__ void finish_dq(int step) const {
+    constexpr int kColumns = kH / 8, kElems = 2 * kColumns;  // tiles of a lane
+    const typename Tile::Share share = shared.share[step % Tile::kShares];
+    const int each = tiles_each(), ctas = ptx::cluster_size(), lane = threadIdx.x % 32;
+    const int warp = int(threadIdx.x) / 32 - 4, column = lane / 4 * 8 + 2 * (lane % 4);
+    const int q_stride = int(params.q_raw.stride_row), dq_stride = int(params.dq.stride_row);
+    const char* part =
+        reinterpret_cast<const char*>(shared.dq_parts) + in_part(lane / 4, 4 * warp + lane % 4);
+#pragma unroll 1
+    for (int tile = 0; tile < each; ++tile) {
+      const int row = tile * DqTiles::kRows + warp;
+      float a[2][kElems], x[2][kElems], r[2];
+      uint32_t raw[2][kColumns];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const T* const from = share.q + int64_t(row + 8 * half) * q_stride + column;
+        r[half] = p.l2norm ? share.inverse_norms[row + 8 * half] : 1.f;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const bool exists = column + 64 * c < p.head_dim;
+          raw[half][c] = exists ? *reinterpret_cast<const uint32_t*>(from + 64 * c) : 0;
+          a[half][2 * c] = a[half][2 * c + 1] = 0.f;
+        }
+      }
+      if (tile == 0) {
+        shared.parts_full.wait(step & 1);
+        if (threadIdx.x == 128) shared.parts_full.arrive_and_expect(sizeof(shared.dq_parts));
+      }
+#pragma unroll 1
+      for (int from = 0; from < ctas; ++from, part += kPartBytes) {
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          const float4 x = *reinterpret_cast<const float4*>(part + in_part(8 * c, 0));
+          a[0][2 * c] += x.x;
+          a[0][2 * c + 1] += x.y;
+          a[1][2 * c] += x.z;
+          a[1][2 * c + 1] += x.w;
+        }
+      }
+      if (tile == each - 1) {
+        __syncwarp();
+        ptx::arrive_remote_if(lane < ctas,
+                              ptx::remote_address(shared.parts_empty.address(), min(lane, ctas - 1)));
+      }
+      float dots[2] = {0.f, 0.f};
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float unit = r[half] != 0.f ? r[half] : 1.f / kMinNorm;
+#pragma unroll
+        for (int e = 0; e < kElems; ++e) {
+          const float2 pair = sm80::Half16<T>::unpack(raw[half][e / 2]);
+          x[half][e] = (e % 2 == 0 ? pair.x : pair.y) * unit;
+          dots[half] += x[half][e] * a[half][e];
+        }
+      }
+      RowLanes<32>::sum(dots);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float factor = share.scale * r[half], dot = p.l2norm ? dots[half] : 0.f;
+        const auto gradient = [&](int e) { return factor * (a[half][e] - x[half][e] * dot); };
+        T* const to = share.dq + int64_t(row + 8 * half) * dq_stride + column;
+#pragma unroll
+        for (int c = 0; c < kColumns; ++c) {
+          if (column + 64 * c < p.head_dim) {
+            *reinterpret_cast<uint32_t*>(to + 64 * c) =
+                sm80::Half16<T>::pack(gradient(2 * c), gradient(2 * c + 1));
+          }
+        }
+      }
+    }
+  }
+
   // Dead rows of q and dO may hold NaN: P = 0 does not silence them in the products, zero rows do.
   __device__ void clear_dead_rows(int stage) const {
     const float(&lse)[kBlockM] = shared.lse[stage];
@@ -435,7 +589,7 @@ struct BwdKernel {
   // One block of queries. kPartial: some of its pairs are forbidden; nothing is in flight beside that.
   template <bool kPartial>
   __device__ void take_step(Keys64& keys, const Work& work, Ring<Tile::kStages> at, int buffer,
-                            int warpgroup) const {
+                            int warpgroup, int index = 0, int first_index = 0) const {
     const Queries &q = shared.q[at.stage], &dout = shared.dout[at.stage];
     RowSums logit_sums, ds_sums;
     shared.q_full[at.stage].wait(at.parity);
@@ -462,8 +616,8 @@ struct BwdKernel {
     ptx::wgmma_wait<1>();
     pin(keys.dp);
     take_ds(keys, ds_sums, at.stage, buffer, warpgroup);
-    // Before products, for which the lanes meet: ptxas leaves the meeting in release() out, and racecheck then
-    // takes what other lanes read after them for a race with the next step.
+    // Before products, for which the lanes meet: ptxas leaves the meeting in release() out, and racecheck
+    // then takes what other lanes read after them for a race with the next step.
     const Step step = shared.step[at.stage];
     shared.ds_full.wait(buffer);
     start_dq(keys, buffer, warpgroup);
@@ -472,10 +626,17 @@ struct BwdKernel {
       ds_sums.reduce();
       add_row_sums(ds_sums, logit_sums, step, work.b);
     }
+    if constexpr (Tile::kClustered) {
+      if (index > first_index) finish_dq(index - 1);
+    }
     ptx::wgmma_wait<1>();
     release(shared.dout_empty[at.stage]);
     pin(keys.dq);
-    add_dq(keys, step, warpgroup);
+    if constexpr (Tile::kClustered) {
+      send_dq(keys, index, warpgroup);
+    } else {
+      add_dq(keys, step, warpgroup);
+    }
     ptx::wgmma_wait<0>();
     release(shared.q_empty[at.stage]);
   }
@@ -593,6 +754,7 @@ struct BwdKernel {
     Ring<2> at_work;
     Ring<Tile::kStages> at;
     int buffer = 0;  // of dS; the parity of its barrier too
+    int index = 0;   // of a step, in clusters
     Keys64 keys;
     for (;; at_keys.advance(), at_work.advance()) {
       shared.k_full.wait(at_keys.parity);
@@ -611,14 +773,20 @@ struct BwdKernel {
       }
       shared.v_full.wait(at_keys.parity);
       // Every key is seen in a full block.
-      if (has_dead_keys && work.counts.partial > 0 && work.counts.full == 0) clear_dead_keys(work);
+      if constexpr (!Tile::kClustered) {
+        if (has_dead_keys && work.counts.partial > 0 && work.counts.full == 0) clear_dead_keys(work);
 #pragma unroll 1
-      for (int i = work.counts.partial; i > 0; --i, at.advance(), buffer ^= 1) {
-        take_step<true>(keys, work, at, buffer, warpgroup);
+        for (int i = work.counts.partial; i > 0; --i, at.advance(), buffer ^= 1) {
+          take_step<true>(keys, work, at, buffer, warpgroup);
+        }
       }
+      const int first_index = index;
 #pragma unroll 1
-      for (int i = work.counts.full; i > 0; --i, at.advance(), buffer ^= 1) {
-        take_step<false>(keys, work, at, buffer, warpgroup);
+      for (int i = work.counts.full; i > 0; --i, at.advance(), buffer ^= 1, ++index) {
+        take_step<false>(keys, work, at, buffer, warpgroup, index, first_index);
+      }
+      if constexpr (Tile::kClustered) {
+        if (index > first_index) finish_dq(index - 1);
       }
       pin(keys.dk);
       pin(keys.dv);
@@ -628,7 +796,7 @@ struct BwdKernel {
 };
 
 // Grid: persistent CTAs, at most one per tile of keys.
-template <class Tile>
+template <class Tile, class Kernel = BwdKernel<Tile>>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     cosine_attn_bwd_sm90(const __grid_constant__ BwdTmaParams params) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -639,7 +807,13 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     shared.k_full.init(1);
     shared.v_full.init(1);
     shared.keys_empty.init(kWarps);
-    shared.ds_full.init(kWarps);
+    shared.ds_full.init(Tile::kDsWarps);
+    if constexpr (Tile::kWide) shared.weights_full.init(Tile::kDsWarps);
+    if constexpr (Tile::kClustered) {
+      shared.parts_full.init(1);
+      shared.parts_full.arrive_and_expect(sizeof(shared.dq_parts));
+      shared.parts_empty.init(kWarps * ptx::cluster_size());
+    }
     for (int i = 0; i < Tile::kStages; ++i) {
       shared.q_full[i].init(1);
       shared.dout_full[i].init(1);
@@ -649,14 +823,22 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     ptx::fence_mbarrier_init();
   }
   ptx::wait_for_prerequisite_grids();
-  __syncthreads();
-  BwdKernel<Tile> kernel{params, params.problem, shared};
+  if constexpr (Tile::kClustered) {
+    ptx::cluster_barrier();
+  } else {
+    __syncthreads();
+  }
+  Kernel kernel(params, shared);
   if (warpgroup == 0) {
     ptx::fewer_registers<Tile::kProducerRegisters>();
     if (threadIdx.x < 32) kernel.produce();
   } else {
     ptx::more_registers<Tile::kConsumerRegisters>();
     kernel.consume(warpgroup - 1);
+  }
+  if constexpr (Tile::kClustered) {
+    __syncwarp();
+    ptx::cluster_barrier();  // others may still write here
   }
 #endif
 }
