@@ -106,10 +106,9 @@ class _Call:
         return x[(np.arange(self.batch) // self.div[field]) % x.shape[0]]
 
     def rolled(self, x: jax.Array, sign: int) -> jax.Array:
-        """[B, ., T + S - 1] shifted between entry i - j + (S_b - T_b) + (T - 1), the contract's,
-        and i - j + (S - 1), which does not depend on lengths. What wraps around belongs to dead
-        pairs only."""
-        shift = sign * (self.s_b - self.t_b - self.s + self.t)
+        """[B, ., T + S - 1] shifted between the entries of `Operands` and i - j + (S - 1), which
+        does not depend on lengths. What wraps around belongs to dead pairs only."""
+        shift = sign * (self.s_b - jnp.minimum(self.t_b, self.t) - self.s + self.t)
         return jax.vmap(functools.partial(jnp.roll, axis=-1))(x, shift)
 
     # The list of blocks.

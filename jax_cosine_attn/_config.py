@@ -14,6 +14,10 @@ class Operands(NamedTuple):
     Batch entry b of the call reads operand x at `x[(b // div_x) % x.shape[0]]`, with `div_x` from
     `Config.div`. A plain call has div 1 and leading dims 1 or B; vmap changes the divisors instead
     of expanding the operands that it does not map over.
+
+    T_b = q_lengths[b] may exceed T, for rows that are the first of a longer sequence. Row i stands
+    at position i + (S_b - T_b) among the keys, and its entry of relative_bias for key j is
+    (i - j) + (S_b - min(T_b, T)) + (T - 1): what live rows read lies within, whatever T_b is.
     """
 
     q: jax.Array  # [., T, N, H], or [., N, T, H] in the "BNTH" layout
@@ -23,8 +27,8 @@ class Operands(NamedTuple):
     bias: jax.Array | None = None  # [., 1|N, 1|T, 1|S]
     relative_bias: jax.Array | None = None  # [., 1|N, T + S - 1]
     mask: jax.Array | None = None  # bool [., 1|N, 1|T, 1|S]; True = may attend
-    q_lengths: jax.Array | None = None  # int32 [.], in [0, T]
-    kv_lengths: jax.Array | None = None  # int32 [.], in [0, S]
+    q_lengths: jax.Array | None = None  # int32 [.], not negative; rows past it are dead
+    kv_lengths: jax.Array | None = None  # int32 [.], in [0, S]; keys past it are dead
     q_segments: jax.Array | None = None  # int32 [., T]
     kv_segments: jax.Array | None = None  # int32 [., S]
 

@@ -1,12 +1,14 @@
 """How XLA's SPMD partitioner may cut a call: over batch, heads and queries, never over keys.
 
 Shards are independent calls. What they share is on every one of them (keys and values under sharded
-queries, for example), and the gradients of it are added up.
+queries, for example), and the gradients of it are added up. Lengths tell a shard of queries where
+it stands, and of relative_bias it reads the entries that its rows can meet.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -81,11 +83,8 @@ class _Cut:
             if rows > 1 and tensor.div > 0:  # vmap over nothing divides by 0
                 times = config.batch // (tensor.div * rows)
                 batch = math.gcd(batch, rows if times == 1 else times)
-        # Where a row stands among the keys is known to a shard only as far as lengths can tell it.
-        by_lengths = config.is_causal or config.window is None
-        queries = t if by_lengths and ops.relative_bias is None else 1
         # The most equal parts of batch, heads and queries.
-        self.parts = {"b": batch, "n": n if k == 1 else k, "t": queries}
+        self.parts = {"b": batch, "n": n if k == 1 else k, "t": t}
 
     def dims(self, tensor: _Tensor) -> str:
         dims = _DIMS[tensor.name]
@@ -192,20 +191,29 @@ def partitioned(
             with jax.sharding.use_abstract_mesh(NO_MESH):
                 local = Operands(**dict(zip(fields, operands, strict=False)))
                 local_config = dataclasses.replace(config, batch=config.batch // parts)
+                batches = {
+                    name: n // parts if n == config.batch else n
+                    for name, n in zip(wanted or (), grad_batch, strict=True)
+                }
+                summed = dict(batches)  # by the call
                 if axes["t"]:
-                    local, local_config = _placed(local, local_config, cut.parts["t"], axes["t"])
+                    total = cut.parts["t"]
+                    local, local_config, first = _placed(local, local_config, total, axes["t"])
+                    if first.ndim and "relative_bias" in summed:
+                        summed["relative_bias"] = local_config.batch
                 present = tuple(name for name in FIELDS if getattr(local, name) is not None)
-                batches = tuple(n // parts if n == config.batch else n for n in grad_batch)
                 outputs = bind(
                     *(getattr(local, name) for name in present),
                     *operands[len(fields) :],
-                    **params(local_config, present, batches),
+                    **params(local_config, present, tuple(summed.values())),
                 )
+                added = []
                 used = {name for names in axes.values() for name in names}
-                return [
-                    _added(x, used.difference(*map(_names, spec)))
-                    for x, spec in zip(outputs, result_specs, strict=True)
-                ]
+                for tensor, spec, x in zip(cut.results, result_specs, outputs, strict=True):
+                    if axes["t"] and tensor.name == "relative_bias":
+                        x = _put_back(x, first, batches["relative_bias"], tensor.shape[2])
+                    added.append(_added(x, used.difference(*map(_names, spec))))
+                return added
 
         def shardings(specs: Sequence[PartitionSpec]) -> list[NamedSharding]:
             return [NamedSharding(mesh, spec) for spec in specs]
@@ -251,29 +259,55 @@ def _added(x: jax.Array, axes: set[str]) -> jax.Array:
 
 
 def _placed(
-    ops: Operands, config: Config, t: int, axes: tuple[str, ...]
-) -> tuple[Operands, Config]:
-    """A shard of the queries, of T in all, as a call of its own: lengths say where it stands.
+    ops: Operands, config: Config, total: int, axes: tuple[str, ...]
+) -> tuple[Operands, Config, jax.Array]:
+    """A shard of the queries, of `total` in all, as a call of its own: lengths say where it stands.
 
-    Rows [start, end) of a causal call see no key beyond the last one that row end - 1 sees, so
-    that keys can end there, and then the last row of the shard stands at the last key.
+    Returns:
+      Operands and config of that call, and which entry of the whole relative_bias is the first of
+      the shard's: [], or [B] with lengths of queries.
     """
-    local_t, _, s, _, _ = shapes(ops, config)
-    end = (lax.axis_index(axes) + 1) * local_t
+    t, _, s, _, _ = shapes(ops, config)
+    start = first = lax.axis_index(axes) * t
+    q_lengths, relative_bias = ops.q_lengths, ops.relative_bias
+    div = dict(zip(FIELDS, config.div, strict=True))
+    if q_lengths is not None:
+        # Row i reads entry (start + i - j) + (S_b - T_b) + (total - 1) of the whole, and of its own
+        # (i - j) + (S_b - min(T_b - start, t)) + (t - 1). They are start + total - T_b apart where
+        # all rows of the shard are live, and else total - t: the lesser of the two.
+        t_b = jnp.minimum(_expanded(ops, config, "q_lengths"), total)
+        first = jnp.minimum(start + total - t_b, total - t)
+        q_lengths = jnp.maximum(q_lengths - start, 0)
+    elif config.is_causal or config.window is not None:
+        q_lengths = jnp.full(1, total - start, jnp.int32)
+    if relative_bias is not None:
+        if first.ndim:
+            relative_bias = _expanded(ops, config, "relative_bias")
+            div["relative_bias"] = 1
+        cut = functools.partial(lax.dynamic_slice_in_dim, slice_size=t + s - 1, axis=1)
+        relative_bias = _per_entry(cut, relative_bias, first)
+    ops = ops._replace(q_lengths=q_lengths, relative_bias=relative_bias)
+    return ops, dataclasses.replace(config, div=tuple(div.values())), first
 
-    def lengths(name: str, full: int) -> jax.Array:
-        x = getattr(ops, name)
-        if x is None:
-            return jnp.full(config.batch, full, jnp.int32)
-        entries = jnp.arange(config.batch) // config.div[FIELDS.index(name)]
-        return x[entries % x.shape[0]]
 
-    t_b, s_b = lengths("q_lengths", t), lengths("kv_lengths", s)
-    if config.is_causal:
-        s_b = jnp.clip(s_b - jnp.maximum(t_b - end, 0), 0, s)
-    t_b = jnp.clip(t_b - (end - local_t), 0, local_t)
-    div = list(config.div)
-    for name in ("q_lengths", "kv_lengths"):
-        div[FIELDS.index(name)] = 1
-    ops = ops._replace(q_lengths=t_b.astype(jnp.int32), kv_lengths=s_b.astype(jnp.int32))
-    return ops, dataclasses.replace(config, div=tuple(div))
+def _put_back(x: jax.Array, first: jax.Array, batch: int, length: int) -> jax.Array:
+    """The gradient of the whole relative_bias from that of a shard's entries: entry b of the batch
+    adds to b % batch."""
+
+    def put(x: jax.Array, first: jax.Array) -> jax.Array:
+        whole = jnp.zeros((x.shape[0], length), x.dtype)
+        return lax.dynamic_update_slice_in_dim(whole, x, first, axis=1)
+
+    x = _per_entry(put, x, first)
+    return x.reshape(x.shape[0] // max(batch, 1), batch, *x.shape[1:]).sum(axis=0)
+
+
+def _per_entry(f: Callable[..., jax.Array], x: jax.Array, first: jax.Array) -> jax.Array:
+    return jax.vmap(f, (0, 0 if first.ndim else None))(x, first)
+
+
+def _expanded(ops: Operands, config: Config, name: str) -> jax.Array:
+    """Operand `name` with the full batch."""
+    x = getattr(ops, name)
+    entries = jnp.arange(config.batch) // config.div[FIELDS.index(name)]
+    return x[entries % x.shape[0]]

@@ -93,7 +93,11 @@ def _bias(ops: Operands, config: Config, t: int, s: int, dtype: jnp.dtype) -> ja
     if ops.bias is not None:
         total = ops.bias.astype(dtype)
     if ops.relative_bias is not None:
-        index = jnp.clip(t - 1 - _distance(ops, t, s)[:, 0], 0, max(t + s - 2, 0))  # [B|1, T, S]
+        within = ops
+        if ops.q_lengths is not None:
+            within = ops._replace(q_lengths=jnp.minimum(ops.q_lengths, t))
+        index = t - 1 - _distance(within, t, s)[:, 0]  # [B|1, T, S]
+        index = jnp.clip(index, 0, max(t + s - 2, 0))
         row = ops.relative_bias.astype(dtype)
         index, row = (jnp.broadcast_to(x, (config.batch, *x.shape[1:])) for x in (index, row))
         total = total + jax.vmap(lambda r, i: r[:, i])(row, index)

@@ -51,7 +51,7 @@ __device__ inline bool is_allowed(const Problem& p, const Visible& visible, int 
     const RelativeBias& relative = p.relative_bias;
     const float* data =
         relative.data + relative.batch(b) * relative.stride_batch + head * relative.stride_head;
-    if (data[i - j + visible.offset + p.seqlen_q - 1] == -INFINITY) return false;
+    if (data[i - j + visible.first_relative(p)] == -INFINITY) return false;
   }
   if (p.bias.data == nullptr) return true;
   switch (p.bias.type) {
@@ -85,7 +85,7 @@ __device__ inline void add_biases(float (&s)[kM][kN][4], const Problem& p, const
     const RelativeBias& relative = p.relative_bias;
     const float* data = relative.data + relative.batch(visible.b) * relative.stride_batch +
                         head * relative.stride_head;
-    const int zero = visible.offset + p.seqlen_q - 1, last = p.seqlen_q + p.seqlen_k - 2;
+    const int zero = visible.first_relative(p), last = p.seqlen_q + p.seqlen_k - 2;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -173,7 +173,7 @@ __device__ inline void add_to_drelative_bias(const BiasGradient& drelative, cons
                                              int m0, int n0) {
   const int64_t first =
       visible.b % drelative.batch * drelative.stride_batch + head * drelative.stride_head;
-  const int zero = m0 - n0 + visible.offset + p.seqlen_q - 1;
+  const int zero = m0 - n0 + visible.first_relative(p);
   for (int d = int(threadIdx.x) - (Tile::kCols - 1); d < Tile::kRows; d += blockDim.x) {
     float sum = 0.f;
     for (int r = max(0, d); r < min(Tile::kRows, d + Tile::kCols); ++r) {

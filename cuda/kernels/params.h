@@ -48,13 +48,18 @@ struct Rows {
 // Per-batch lengths; without data every entry is `full`.
 struct Lengths {
   const int32_t* data = nullptr;
-  int full = 0;
+  int full = 0;  // rows that the call has
   BatchIndex batch;
 
-  __device__ int operator()(int b) const {
+  // Of the sequence, whose first rows these may be, and of what the call has of it.
+  __device__ int of_sequence(int b) const {
     if (data == nullptr) return full;
     const int length = data[batch(b)];
-    return length < 0 ? 0 : length > full ? full : length;
+    return length < 0 ? 0 : length;
+  }
+  __device__ int operator()(int b) const {
+    const int length = of_sequence(b);
+    return length > full ? full : length;
   }
 };
 
@@ -100,7 +105,7 @@ struct Bias {
   BatchIndex batch;
 };
 
-// float32 [., 1|N, T + S - 1] added at entry (i - j) + (S_b - T_b) + (T - 1).
+// float32 [., 1|N, T + S - 1] added at entry (i - j) + (S_b - min(T_b, T)) + (T - 1).
 struct RelativeBias {
   const float* data = nullptr;
   int64_t stride_batch = 0, stride_head = 0;
@@ -132,7 +137,7 @@ struct Problem {
   int groups;       // l2-norm slices of a head
   int left, right;  // row i sees keys j with -left <= j - i - (S_b - T_b) <= right
   bool l2norm;
-  Lengths q_lengths, kv_lengths;
+  Lengths q_lengths, kv_lengths;  // T_b, which may exceed T, and S_b
   Mask mask;
   Segments q_segments, kv_segments;
   HeadScale scale;

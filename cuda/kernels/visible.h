@@ -1,5 +1,6 @@
 // Which keys a query row may see, and which blocks of keys a block of rows needs: one definition for
-// every kernel. Query i of batch entry b stands at position i + (S_b - T_b) among the keys.
+// every kernel. Query i of batch entry b stands at position i + (S_b - T_b) among the keys; T_b > T means
+// that the T rows are the first of a longer sequence.
 // A key below is one of those that a list of keys holds, where there is one.
 //
 // Lengths, causal and windows are intervals and cost a few comparisons. Masks and segments are data: a
@@ -35,7 +36,7 @@ __device__ inline int2 id_range(const int2* cells, int first, int last) {
 // hold forbidden pairs, and registers are scarce in between.
 struct Visible {
   int b;
-  int seqlen_q;    // T_b
+  int seqlen_q;    // min(T_b, T)
   int seqlen_k;    // keys below S_b
   int position_k;  // keys stand below it: S_b, or where a prefix of them ends
   int offset;      // S_b - T_b
@@ -53,7 +54,7 @@ struct Visible {
         seqlen_q(p.q_lengths(b)),
         seqlen_k(p.kv_lengths(b)),
         position_k(seqlen_k),
-        offset(seqlen_k - seqlen_q),
+        offset(seqlen_k - p.q_lengths.of_sequence(b)),
         left(p.left),
         right(p.right),
         mask_cells(nullptr),
@@ -95,6 +96,10 @@ struct Visible {
     __syncthreads();
   }
 
+  // The entry of relative_bias for row 0 and key 0: S_b - min(T_b, T) + T - 1.
+  __device__ int first_relative(const Problem& p) const {
+    return offset + max(p.q_lengths.of_sequence(b), p.seqlen_q) - 1;
+  }
   // The position of key j, and the keys before a position.
   __device__ int position(int j) const { return keys == nullptr ? j : keys[j]; }
   __device__ int rank(int position) const {
@@ -221,7 +226,7 @@ struct BlockWindow {
   }
 };
 
-// Whether keys below seqlen_k may be unseen by every row.
+// Whether keys below seqlen_k may be unseen by every row of the sequence.
 __device__ inline bool may_leave_dead_keys(const Problem& p) {
   return (p.mask.data != nullptr && p.mask.keys == nullptr) || p.q_segments.data != nullptr ||
          p.left < kUnlimited ||
