@@ -198,17 +198,14 @@ def family(name: str, attend: Attend, inputs: Sequence[Array], kernels: Sequence
     return "-".join(["cuda", *found])
 
 
-def expected_family(direction: str, dtype: str, head_dim: int, bounded: bool = True) -> str:
+def expected_family(dtype: str, head_dim: int, bounded: bool = True) -> str:
     """What `family` is to find for calls of more queries than decode takes; bounded: logits are, by
     |scale| * l2norm_groups alone, and the call is not deterministic."""
     if jax.default_backend() != "gpu":
         return "xla"
     hopper = jax.devices()[0].compute_capability == "9.0"
     takes = hopper and bounded and dtype != "float32" and head_dim % 8 == 0
-    largest = {"fwd": 256, "bwd": 128}
-    passes = {"fwd+res": ("fwd",), "both": ("fwd", "bwd")}.get(direction, (direction,))
-    archs = {"sm90" if takes and head_dim <= largest[name] else "sm80" for name in passes}
-    return "-".join(["cuda", *sorted(archs)])
+    return "cuda-sm90" if takes else "cuda-sm80"
 
 
 def run_case(target: Target, num_times: int, runs: int) -> list[Row]:
@@ -272,7 +269,7 @@ def run_case(target: Target, num_times: int, runs: int) -> list[Row]:
 def check_family(target: Target, row: Row) -> None:
     """Cases with a time to beat run the kernels for Hopper where there are any."""
     if "family" in row:
-        wanted = expected_family(target.direction, target.dtype, target.shape.head_dim)
+        wanted = expected_family(target.dtype, target.shape.head_dim)
         assert row["family"] == wanted, (target, wanted, row["kernels"])
 
 

@@ -70,7 +70,8 @@ def cases_of(direction: str, seq_lens: Sequence[int]) -> list[Case]:
 
 
 def described(row: Mapping[str, Any]) -> str:
-    return f"{row['block_m']}x{row['block_n']}, {row['stages']} stages"
+    keys = f", {row['key_stages']} of keys" if row["key_stages"] else ""
+    return f"{row['block_m']}x{row['block_n']}, {row['stages']} stages{keys}"
 
 
 def calls_of(

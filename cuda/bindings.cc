@@ -49,6 +49,7 @@ py::list instances() {
     row["block_n"] = instance.block_n;
     row["smem_bytes"] = instance.smem_bytes;
     row["stages"] = instance.stages;
+    row["key_stages"] = instance.key_stages;
     row["candidate"] = instance.candidate;
     rows.append(row);
   }

@@ -224,11 +224,12 @@ def _padded(x: int, multiple: int) -> int:
 
 
 def _pre_pass(
-    ops: Operands, config: Config, dtype: Any, decode: bool = False
+    ops: Operands, config: Config, dtype: Any, decode: bool = False, backward: bool = False
 ) -> list[jax.ShapeDtypeStruct]:
     """Scratch of the pre-passes: q^ and k^ unless for decode, v in rows of a multiple of 8 where H
     is not one, the cells, bits and keys of mask, and the cells of segments. 16-bit kernels may copy
-    the listed keys of each entry and their values."""
+    the listed keys of each entry and their values. In the backward q^ stands in the place of dq,
+    and k^ in that of dk, until those are known; not where the rows differ."""
     t, n, s, k, h = shapes(ops, config)
     row = _padded(h, 8)
     cells: tuple[int, ...] = (0,)
@@ -252,9 +253,11 @@ def _pre_pass(
     of_call = listed and ops.mask is not None and ops.mask.shape[0] > 1
     k_batch, v_batch = (config.batch if of_call else x.shape[0] for x in (ops.k, ops.v))
     copies_v = listed or row != h
+    no_q = decode or (backward and row == h)
+    no_k = decode or (backward and row == h and k_batch == config.batch and keys == (0,))
     return [
-        jax.ShapeDtypeStruct((config.batch, n, 0 if decode else t, row), dtype),
-        jax.ShapeDtypeStruct((k_batch, k, 0 if decode else s, row), dtype),
+        jax.ShapeDtypeStruct((config.batch, n, 0 if no_q else t, row), dtype),
+        jax.ShapeDtypeStruct((k_batch, k, 0 if no_k else s, row), dtype),
         jax.ShapeDtypeStruct((v_batch, k, s if copies_v else 0, row), ops.v.dtype),
         jax.ShapeDtypeStruct(cells, jnp.uint8),
         jax.ShapeDtypeStruct(bits, jnp.uint32),
@@ -342,7 +345,7 @@ def cuda_bwd(
         if not config.deterministic:
             shape = (2 * math.prod(shape_of["relative_bias"]),)
         partials["relative_bias"] = shape
-    pre_pass = _pre_pass(ops, config, dtype)
+    pre_pass = _pre_pass(ops, config, dtype, backward=True)
     results = [
         jax.ShapeDtypeStruct((batch, *ops.q.shape[1:]), dtype),
         jax.ShapeDtypeStruct((batch, *ops.k.shape[1:]), dtype),
@@ -352,7 +355,7 @@ def cuda_bwd(
         _NEXT_TILE,
         jax.ShapeDtypeStruct((batch, n, 0 if row == h else t, row), dtype),  # dout, padded
         jax.ShapeDtypeStruct((batch, n, t, config.groups), jnp.float32),  # inverse norms of q
-        jax.ShapeDtypeStruct((*pre_pass[1].shape[:3], config.groups), jnp.float32),  # and of k
+        jax.ShapeDtypeStruct((*pre_pass[1].shape[:2], s, config.groups), jnp.float32),  # and of k
         jax.ShapeDtypeStruct((batch, n, _ROW_STATS, padded_t), jnp.float32),
         jax.ShapeDtypeStruct(
             (batch, n, t if "scale" in wanted and not config.partial else 0, 2), jnp.float32

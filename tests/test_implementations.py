@@ -163,6 +163,13 @@ OPTIONS: dict[str, Options] = {
     "empty-mask": lambda z, rng: {"mask": np.zeros((1, 1, 1, 1), bool)},
     "groups": lambda z, rng: {"l2norm_groups": 4, "scale": 2.5},
     "normalised": lambda z, rng: {"l2norm_qk": False},
+    "normalised-lengths-causal": lambda z, rng: {
+        "l2norm_qk": False,
+        "scale": np.arange(-4, 2 * z.n - 4, 2, dtype=np.float32),
+        "scale_bound": 9.0,
+        "key_value_seq_lengths": int32(z.s - 7, z.s // 2),
+        "is_causal": True,
+    },
     "full-bias": lambda z, rng: {"bias": normal(rng, z.b, z.n, z.t, z.s)},
     "bias-of-all-entries": lambda z, rng: {"bias": normal(rng, z.n, z.t, z.s)},
     "bias-of-all-heads": lambda z, rng: {"bias": normal(rng, z.b, 1, z.t, z.s)},
@@ -389,14 +396,14 @@ def test_kernels_for_99_kb(smaller_gpu, name, h, dtype):
 TILE_OPTIONS = (
     "plain", "causal", "lengths-causal", "padded-entry-causal", "key-mask-causal", "window-causal",
     "key-mask-sparse-window-lengths", "key-mask-prefix-lengths-causal", "full-mask", "sparse-mask",
-    "segments-causal", "groups", "normalised", "scale-negative", "scale-30", "window-right-lengths",
-    "scale-learned-bounded", "key-mask-segments",
+    "segments-causal", "groups", "normalised", "normalised-lengths-causal", "scale-negative",
+    "scale-30", "window-right-lengths", "scale-learned-bounded", "key-mask-segments",
 )  # fmt: skip
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", TILE_OPTIONS)
-@pytest.mark.parametrize("h", [64, 120, 128])
+@pytest.mark.parametrize("h", [64, 120, 128, 200])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 def test_options_over_tiles(name, h, dtype):
     check_options("cuda", name, dtype, Sizes(2, 300, 700, 4, 2, h))

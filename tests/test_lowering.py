@@ -1,5 +1,6 @@
 """What a call compiles to for CUDA, from any machine: no GPU and no compiled kernels needed."""
 
+import math
 import re
 import types
 
@@ -87,6 +88,22 @@ def test_backward(kernels):
     operands, results = signature(call)
     assert operands[:3] == ["2x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16"]
     assert results[:3] == ["2x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32], ids=str)
+def test_scratch_of_the_backward(kernels, dtype):
+    """4 bytes for an element of dq, and 48 for a row of q, k or v: q^ and k^ stand in dq and dk."""
+    shape = (B, 256, N, 64)
+    f = grad(lambda q, k, v: cosine_attention(q, k, v, is_causal=True), (0, 1, 2))
+    (call,) = calls(lowered(f, *[jax.ShapeDtypeStruct(shape, dtype)] * 3), "jax_cosine_attn_bwd")
+    sizes = {"f32": 4, "f16": 2, "bf16": 2, "i32": 4, "ui32": 4, "ui8": 1}
+
+    def size(tensor):
+        *dims, element = tensor.split("x")
+        return math.prod(map(int, dims)) * sizes[element]
+
+    scratch = sum(map(size, signature(call)[1][3:]))
+    assert scratch <= 4 * math.prod(shape) + 48 * math.prod(shape[:3])
 
 
 def test_padding_masks_and_lengths(kernels):

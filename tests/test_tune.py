@@ -14,7 +14,7 @@ FWD = {
 
 
 def row(candidate, smem_bytes=1000, **changes):
-    tile = {"block_m": 256, "block_n": 64, "stages": 8}
+    tile = {"block_m": 256, "block_n": 64, "stages": 8, "key_stages": 0}
     return FWD | tile | {"candidate": candidate, "smem_bytes": smem_bytes} | changes
 
 

@@ -440,9 +440,11 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
   check.shape("dk", *dk, in.dtype, {b, k1, k2, h});
   check.shape("dv", *dv, in.dtype, {b, k1, k2, h});
   if (!is_absent(*dscale)) check.shape("dscale", *dscale, ffi::F32, {-1, n});
-  check.shape("q_hat", *q_hat, in.dtype, {b, n, t, hp});
   const KeyCopies copies(in, k, v, div);
-  check.shape("k_hat", *k_hat, in.dtype, {copies.k_entries, kv, s, hp});
+  // Nobody needs q^ and k^ where a kernel writes dq and dk, if rows and entries are the same.
+  const bool q_in_dq = hp == h, k_in_dk = hp == h && copies.k_entries == b && !p.mask.keys;
+  check.shape("q_hat", *q_hat, in.dtype, {b, n, q_in_dq ? 0 : t, hp});
+  check.shape("k_hat", *k_hat, in.dtype, {copies.k_entries, kv, k_in_dk ? 0 : s, hp});
   check.shape("v_padded", *v_padded, in.dtype, {copies.v_entries, kv, copies.of_v ? s : 0, hp});
   check.shape("dout_padded", *dout_padded, in.dtype, {b, n, h % 8 != 0 ? t : 0, hp});
   check.shape("q_inverse_norm", *q_inverse_norm, ffi::F32, {b, n, t, groups});
@@ -512,8 +514,8 @@ ffi::Error backward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi
        .lse = lse.typed_data<float>(),
        .lse_low = lse_low.typed_data<float>(),
        .dlse = is_absent(dlse) ? nullptr : dlse.typed_data<float>(),
-       .q_hat = packed_rows(*q_hat, 1),
-       .k_hat = packed_rows(*k_hat, copies.k_div),
+       .q_hat = q_in_dq ? rows_of(*dq, heads_first, 1) : packed_rows(*q_hat, 1),
+       .k_hat = k_in_dk ? rows_of(*dk, heads_first, 1) : packed_rows(*k_hat, copies.k_div),
        .v_padded = packed_rows(*v_padded, copies.v_div),
        .dout_padded = packed_rows(*dout_padded, 1),
        .q_inverse_norm = q_inverse_norm->typed_data<float>(),

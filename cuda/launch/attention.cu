@@ -114,16 +114,16 @@ Status copy_rows(cudaStream_t stream, const Problem& problem, const Rows& x, int
                                   .skips_prefix = listed});
 }
 
-// q^ of every batch entry of the call: it carries the entry's scale.
+// q^ of every batch entry of the call; with `folds` it carries the entry's scale.
 template <typename T, typename THat>
-Status normalize_q(cudaStream_t stream, const Problem& problem, bool log2_units, const Rows& q,
+Status normalize_q(cudaStream_t stream, const Problem& problem, bool folds, bool log2_units, const Rows& q,
                    const Rows& q_hat, float* q_inverse_norm) {
   return normalize<T, THat>(stream, {.problem = problem,
                                      .x = q,
                                      .seqlen = problem.seqlen_q,
                                      .num_heads = problem.num_heads,
                                      .batch = problem.batch,
-                                     .fold = problem.scale,
+                                     .fold = folds ? problem.scale : HeadScale{},
                                      .log2_units = log2_units,
                                      .hat = q_hat,
                                      .inverse_norm = q_inverse_norm,
@@ -310,7 +310,7 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
 
 // The forward that normalises k for every tile of queries again, where that takes less time than a pass over
 // all keys before it; null elsewhere. It depends on how many tiles see a key, by position. A single wave of
-// short tiles has the time anyhow.
+// short tiles has the time anyhow, and is as good where there is nothing to normalise.
 const Instance* find_raw_instance(const ForwardCall& call) {
   constexpr int kMostKeys = 1024;
   const Problem& p = call.problem;
@@ -323,7 +323,7 @@ const Instance* find_raw_instance(const ForwardCall& call) {
   const int half = p.seqlen_k / 2;
   const int keys = std::min(p.seqlen_k, std::min(p.left, half) + std::min(p.right, half) + instance->block_m);
   const int64_t most = p.head_dim <= 64 ? 3 : 5;
-  const bool pays = blocks * (p.num_heads / p.num_heads_kv) * keys <= most * p.seqlen_k;
+  const bool pays = p.l2norm && blocks * (p.num_heads / p.num_heads_kv) * keys <= most * p.seqlen_k;
   return pays || blocks * p.num_heads * p.batch <= multiprocessors() ? instance : nullptr;
 }
 
@@ -343,7 +343,8 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
   // Without norms k serves as it is too, unless k^ has another type.
   const bool k_is_raw = raw != nullptr || (q_is_raw && !p.l2norm && !listed && std::is_same_v<T, THat>);
   if (!q_is_raw) {
-    status = normalize_q<T, THat>(stream, p, !call.unbounded, call.q, call.q_hat, nullptr);
+    const bool folds = !is_sm90 || !std::is_same_v<THat, __nv_bfloat16>;  // sm90::FwdTile::kScaled
+    status = normalize_q<T, THat>(stream, p, folds, !call.unbounded, call.q, call.q_hat, nullptr);
     if (!status.ok()) return status;
   }
   if (!k_is_raw) {
@@ -657,6 +658,13 @@ bool fits_bounded(Direction direction, const Call& call) {
 Status launch_forward(cudaStream_t stream, ForwardCall call) {
   if (call.splits > 0) return decode(stream, call);
   call.unbounded |= !fits_bounded(Direction::kForward, call);
+  // Rows that need no norm are read as they are, where the scale need not be folded into them.
+  if (call.arithmetic == Arithmetic::kFloat16Bfloat16 && !call.problem.l2norm && !call.problem.mask.keys) {
+    const Instance* instance =
+        find_instance(Direction::kForward, Arithmetic::kBfloat16, false, call.problem.head_dim);
+    const bool is_sm90 = instance != nullptr && instance->family == Family::kSm90;
+    if (is_sm90) call.arithmetic = Arithmetic::kBfloat16;
+  }
   return with_dtype(call.arithmetic, [&](auto t) {
     using T = decltype(t);
     if constexpr (std::is_same_v<T, __nv_bfloat16>) {

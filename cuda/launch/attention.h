@@ -45,7 +45,7 @@ struct BackwardCall {
   const float* lse;
   const float* lse_low;
   const float* dlse;              // or null
-  Rows q_hat, k_hat;              // scratch, in the inputs' dtype
+  Rows q_hat, k_hat;              // scratch, in the inputs' dtype; or dq and dk, which come last
   Rows v_padded, dout_padded;     // scratch, as above
   float* q_inverse_norm;          // scratch [B, N, T, groups]
   float* k_inverse_norm;          // scratch [Bk, K, S, groups]

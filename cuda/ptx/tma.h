@@ -109,7 +109,11 @@ __device__ inline void stmatrix_x4(uint32_t smem, uint32_t r0, uint32_t r1, uint
 __device__ inline void named_barrier(int id, int threads) {
   asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
-// The same; whether any thread says so.
+// Arrives for those that wait, and does not wait itself.
+__device__ inline void named_barrier_arrive(int id, int threads) {
+  asm volatile("barrier.cta.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// Waits as named_barrier does; whether any thread says so.
 __device__ inline bool named_barrier_or(int id, int threads, bool says) {
   int any;
   asm volatile(

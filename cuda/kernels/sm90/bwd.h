@@ -5,11 +5,11 @@
 // every query head of its group. Products are transposed, S^T = k^ q^T and dP^T = v dO^T, so that P^T and
 // dS^T are operands in registers of dv += P^T dO and dk^ += dS^T q^. dS^T also goes through shared memory,
 // where both warpgroups read all of it for dQ = dS k^, each for a half; dQ leaves as float32 reductions.
-// One producer warp brings q^ and dO with the rows' numbers into rings of tiles. Keys are read once; with one
-// norm each the consumers make them unit rows themselves. CTAs are persistent and take tiles of keys from a
-// counter. First come the blocks in which some pair is forbidden: hiding it takes branches, beside which no
-// product may be in flight (ptxas serialises such, note C7514). In the others exp runs beside the product of
-// dP, and dS beside that of dv.
+// One producer warp brings q^ and dO with the rows' numbers into rings of tiles, and at H 64 the next tile of
+// keys beside this one. Keys are read once; with one norm each the consumers make them unit rows themselves.
+// CTAs are persistent and take tiles of keys from a counter. First come the blocks in which some pair is
+// forbidden: hiding it takes branches, beside which no product may be in flight (ptxas serialises such, note
+// C7514). In the others exp runs beside the product of dP, and dS beside that of dv.
 #pragma once
 
 #include "kernels/rows.h"
@@ -20,15 +20,17 @@
 
 namespace jca::sm90 {
 
-// kSums: adds up rows of dS and of P S, for dscale. kStages: of the rings of q^ and dO.
-template <class T_, int kHeadDim_, bool kSums_, int kStages_ = 2>
+// kSums: adds up rows of dS and of P S, for dscale. kStages: of the rings of q^ and dO. kKeyStages: of that
+// of keys.
+template <class T_, int kHeadDim_, bool kSums_, int kStages_ = 2, int kKeyStages_ = kHeadDim_ <= 64 ? 2 : 1>
 struct BwdTile {
   using T = T_;
   static constexpr bool kSums = kSums_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kDsWarps = 4 * kConsumers;  // that make dS
   static constexpr int kBlockM = kHeadDim <= 64 ? 128 : 64, kBlockN = 64 * kConsumers;
-  static constexpr int kStages = kStages_;
+  static constexpr int kStages = kStages_, kKeyStages = kKeyStages_;
   static constexpr int kChunks = kHeadDim / 64;  // columns come in chunks of 128 bytes, the swizzle's
   static constexpr int kThreads = 128 * (1 + kConsumers);
   // Of 64 K registers, granted evenly at launch.
@@ -50,24 +52,26 @@ struct BwdTile {
     int m0, head;
     float* dq;  // its first tile
   };
+  struct KeyTile {
+    T k[kChunks][kBlockN][64], v[kChunks][kBlockN][64];  // dv and dk go the same way
+  };
   struct Shared {
-    T k[kChunks][kBlockN][64];  // dv and dk go through k and v
-    T v[kChunks][kBlockN][64];
+    KeyTile keys[kKeyStages];
     T q[kStages][kChunks][kBlockM][64];
     T dout[kStages][kChunks][kBlockM][64];
     T ds[2][kBlockM / 64][kBlockN][64];  // dS^T of this step and the last
     alignas(16) float lse[kStages][kBlockM];
     alignas(16) float delta[kStages][kBlockM];
     float k_inverse_norm[kBlockN];  // of raw k
-    ptx::Mbarrier k_full, v_full, keys_empty;
+    ptx::Mbarrier k_full[kKeyStages], v_full[kKeyStages], keys_empty[kKeyStages];
     ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
     ptx::Mbarrier ds_full;
-    Work work[2];
+    Work work[kKeyStages + 1];
     Step step[kStages];  // in stage i of q
     BlockWindow window;
     bool suspect[kBlockN];  // by clear_dead_keys
   };
-  static constexpr int kSmemBytes = sizeof(Shared) + kTileAlignment;
+  static constexpr int kSmemBytes = sizeof(Shared);
 };
 
 template <class Tile>
@@ -76,16 +80,22 @@ struct BwdKernel {
   using Shared = typename Tile::Shared;
   using Work = typename Tile::Work;
   using Step = typename Tile::Step;
+  using KeyTile = typename Tile::KeyTile;
+  using KeyRing = Ring<Tile::kKeyStages>;
+  using WorkRing = Ring<Tile::kKeyStages + 1>;
   static constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
   static constexpr int kM = kBlockM / 8, kH = kHeadDim / 8;  // blocks of accumulators
   static constexpr int kConsumerThreads = 128 * Tile::kConsumers;
   using Keys = T[Tile::kChunks][kBlockN][64];
   using Queries = T[Tile::kChunks][kBlockM][64];
-  enum { kConsumersBarrier = 1 };
+  enum { kConsumersBarrier = 1, kWarpgroupBarrier = 2 };
 
   const BwdTmaParams& params;
   const Problem& p;
   Shared& shared;
+
+  __device__ BwdKernel(const BwdTmaParams& params, Shared& shared)
+      : params(params), p(params.problem), shared(shared) {}
 
   __device__ int group() const { return p.num_heads / p.num_heads_kv; }
   __device__ int key_blocks() const { return (p.seqlen_k + kBlockN - 1) / kBlockN; }
@@ -118,17 +128,17 @@ struct BwdKernel {
   __device__ void produce() {
     const bool leader = threadIdx.x % 32 == 0;
     const int tiles = key_blocks() * p.num_heads_kv * p.batch;
-    Ring<1> at_keys;
-    Ring<2> at_work;
+    KeyRing at_keys;
+    WorkRing at_work;
     Ring<Tile::kStages> at;
-    // The work before last is done once the keys of the last have been loaded.
+    // Keys of the last work have been loaded into the place of those of the work that had this one's place.
     for (int tile = blockIdx.x;; at_keys.advance(), at_work.advance()) {
       Work& work = shared.work[at_work.stage];
       if (tile >= tiles) {
-        shared.keys_empty.wait(at_keys.parity ^ 1);
+        shared.keys_empty[at_keys.stage].wait(at_keys.parity ^ 1);
         if (leader) {
           work.n_block = -1;
-          shared.k_full.arrive();
+          shared.k_full[at_keys.stage].arrive();
         }
         break;
       }
@@ -154,18 +164,21 @@ struct BwdKernel {
       for (int h = 0; h < group(); ++h) counts.add(begin, end, kinds_of(first_head + h));
       if (leader) work.counts = counts;
 
+      KeyTile& keys = shared.keys[at_keys.stage];
       const auto load_k = [&] {
-        shared.keys_empty.wait(at_keys.parity ^ 1);
+        shared.keys_empty[at_keys.stage].wait(at_keys.parity ^ 1);
         if (leader) {
-          shared.k_full.arrive_and_expect(sizeof(shared.k));
-          load(shared.k, params.k_map, shared.k_full, n0, work.head_kv, params.k_batch(b));
+          ptx::Mbarrier& full = shared.k_full[at_keys.stage];
+          full.arrive_and_expect(sizeof(keys.k));
+          load(keys.k, params.k_map, full, n0, work.head_kv, params.k_batch(b));
         }
       };
       const auto load_v = [&] {
         if (leader) {
-          shared.v_full.arrive_and_expect(sizeof(shared.v));
+          ptx::Mbarrier& full = shared.v_full[at_keys.stage];
+          full.arrive_and_expect(sizeof(keys.v));
           const bool raw = params.listed && visible.keys == nullptr;
-          load(shared.v, raw ? params.raw_v_map : params.v_map, shared.v_full, n0, work.head_kv,
+          load(keys.v, raw ? params.raw_v_map : params.v_map, full, n0, work.head_kv,
                raw ? params.raw_v_batch(b) : params.v_batch(b));
         }
       };
@@ -241,10 +254,10 @@ struct BwdKernel {
   }
 
   // This warpgroup's half of dQ: 64 of the columns, or of the rows where there are 128.
-  __device__ void start_dq(Keys64& keys, int buffer, int warpgroup) const {
+  __device__ void start_dq(Keys64& keys, const KeyTile& tile, int buffer, int warpgroup) const {
     const int row_chunk = kBlockM == 128 ? warpgroup : 0, chunk = kBlockM == 128 ? 0 : warpgroup;
     const uint64_t a = ptx::matrix_descriptor(ptx::smem_address(shared.ds[buffer][row_chunk]), 1024, 16);
-    const uint64_t b = ptx::matrix_descriptor(ptx::smem_address(shared.k[chunk]), 1024, 16);
+    const uint64_t b = ptx::matrix_descriptor(ptx::smem_address(tile.k[chunk]), 1024, 16);
     ptx::wgmma_fence();
 #pragma unroll
     for (int i = 0; i < kBlockN / 16; ++i) {
@@ -394,9 +407,9 @@ struct BwdKernel {
 
   // Dead keys may hold NaN, and 0 * NaN is NaN: those past the length become zeros, and so do those of others
   // that hold any. Whether such a key is dead is looked up pair by pair.
-  __device__ void clear_dead_keys(const Work& work) const {
+  __device__ void clear_dead_keys(const Work& work, KeyTile& tile) const {
     const int thread = threadIdx.x - 128, n0 = work.n_block * kBlockN;
-    uint4* const tiles[] = {reinterpret_cast<uint4*>(shared.k), reinterpret_cast<uint4*>(shared.v)};
+    uint4* const tiles[] = {reinterpret_cast<uint4*>(tile.k), reinterpret_cast<uint4*>(tile.v)};
     for (int j = thread; j < kBlockN; j += kConsumerThreads) shared.suspect[j] = false;
     ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
     bool found = false;
@@ -408,14 +421,14 @@ struct BwdKernel {
         found = shared.suspect[j] = true;
       }
     }
-    if (ptx::named_barrier_or(kConsumersBarrier, kConsumerThreads, found)) clear_unseen_keys(work);
+    if (ptx::named_barrier_or(kConsumersBarrier, kConsumerThreads, found)) clear_unseen_keys(work, tile);
     ptx::fence_async_shared();
     ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
   }
 
-  __device__ void clear_unseen_keys(const Work& work) const {
+  __device__ void clear_unseen_keys(const Work& work, KeyTile& tile) const {
     const int thread = threadIdx.x - 128, n0 = work.n_block * kBlockN;
-    uint4* const tiles[] = {reinterpret_cast<uint4*>(shared.k), reinterpret_cast<uint4*>(shared.v)};
+    uint4* const tiles[] = {reinterpret_cast<uint4*>(tile.k), reinterpret_cast<uint4*>(tile.v)};
     for (int j = 0; j < kBlockN; ++j) {
       if (!shared.suspect[j]) continue;
       bool seen = false;
@@ -434,25 +447,28 @@ struct BwdKernel {
 
   // One block of queries. kPartial: some of its pairs are forbidden; nothing is in flight beside that.
   template <bool kPartial>
-  __device__ void take_step(Keys64& keys, const Work& work, Ring<Tile::kStages> at, int buffer,
+  __device__ void take_step(Keys64& keys, const Work& work, int key_stage, Ring<Tile::kStages> at, int buffer,
                             int warpgroup) const {
+    // Opaque, or ptxas keeps all addresses of the tile in registers that it has not.
+    asm volatile("" : "+r"(key_stage));
+    const KeyTile& tile = shared.keys[key_stage];
     const Queries &q = shared.q[at.stage], &dout = shared.dout[at.stage];
     RowSums logit_sums, ds_sums;
     shared.q_full[at.stage].wait(at.parity);
     if constexpr (kPartial) {
       shared.dout_full[at.stage].wait(at.parity);
       clear_dead_rows(at.stage);
-      start_pairs(keys.s, shared.k, warpgroup, q);
+      start_pairs(keys.s, tile.k, warpgroup, q);
       ptx::wgmma_wait<0>();
       pin(keys.s);
       const int first_key = warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16;
       hide_transposed(keys.s, p, work.visible, shared.step[at.stage].head,
                       FragmentAt(work.n_block * kBlockN + first_key, shared.step[at.stage].m0));
-      start_pairs(keys.dp, shared.v, warpgroup, dout);
+      start_pairs(keys.dp, tile.v, warpgroup, dout);
     } else {
-      start_pairs(keys.s, shared.k, warpgroup, q);
+      start_pairs(keys.s, tile.k, warpgroup, q);
       shared.dout_full[at.stage].wait(at.parity);
-      start_pairs(keys.dp, shared.v, warpgroup, dout);
+      start_pairs(keys.dp, tile.v, warpgroup, dout);
       ptx::wgmma_wait<1>();
       pin(keys.s);
     }
@@ -462,11 +478,11 @@ struct BwdKernel {
     ptx::wgmma_wait<1>();
     pin(keys.dp);
     take_ds(keys, ds_sums, at.stage, buffer, warpgroup);
-    // Before products, for which the lanes meet: ptxas leaves the meeting in release() out, and racecheck then
-    // takes what other lanes read after them for a race with the next step.
+    // Before products, for which the lanes meet: ptxas leaves the meeting in release() out, and racecheck
+    // then takes what other lanes read after them for a race with the next step.
     const Step step = shared.step[at.stage];
     shared.ds_full.wait(buffer);
-    start_dq(keys, buffer, warpgroup);
+    start_dq(keys, tile, buffer, warpgroup);
     start_sum(keys.dk, keys.ds, q);
     if constexpr (Tile::kSums) {
       ds_sums.reduce();
@@ -481,13 +497,13 @@ struct BwdKernel {
   }
 
   // dv and dk of this warp's 16 keys, through the place of k and v, which all have read.
-  __device__ void finish(Keys64& keys, const Work& work, int warpgroup) const {
+  __device__ void finish(Keys64& keys, const Work& work, KeyTile& tile, int warpgroup) const {
     constexpr int kLanes = kHeadDim / 8;
     using L = RowLanes<kLanes>;
     constexpr int kAtOnce = 32 / kLanes, kTurns = 16 / kAtOnce;  // rows
-    static_assert(sizeof(shared.k) + sizeof(shared.v) == sizeof(float) * kBlockN * kHeadDim);
+    static_assert(sizeof(KeyTile) == sizeof(float) * kBlockN * kHeadDim);
     const int lane = threadIdx.x % 32, first = warpgroup * 64 + int(threadIdx.x) / 32 % 4 * 16;
-    float* const rows = reinterpret_cast<float*>(shared.k) + first * kHeadDim;
+    float* const rows = reinterpret_cast<float*>(&tile) + first * kHeadDim;
     const auto at = [&](int r, int column) {
       return rows + r * kHeadDim + (column / 4 ^ 2 * (r % 4)) * 4 + column % 4;
     };
@@ -584,51 +600,53 @@ struct BwdKernel {
       if (positions[turn] >= 0) store(gdK.row(positions[turn]), a[turn]);
     }
     ptx::fence_async_shared();
-    release(shared.keys_empty);
   }
 
   __device__ void consume(int warpgroup) {
     const bool has_dead_keys = may_leave_dead_keys(p) || p.kv_lengths.data != nullptr || params.listed;
-    Ring<1> at_keys;
-    Ring<2> at_work;
+    KeyRing at_keys;
+    WorkRing at_work;
     Ring<Tile::kStages> at;
     int buffer = 0;  // of dS; the parity of its barrier too
     Keys64 keys;
     for (;; at_keys.advance(), at_work.advance()) {
-      shared.k_full.wait(at_keys.parity);
+      shared.k_full[at_keys.stage].wait(at_keys.parity);
       const Work& work = shared.work[at_work.stage];
       if (work.n_block < 0) break;
+      KeyTile& tile = shared.keys[at_keys.stage];
 #pragma unroll
       for (int n = 0; n < kH; ++n) {
 #pragma unroll
         for (int e = 0; e < 4; ++e) keys.dk[n][e] = keys.dv[n][e] = 0.f;
       }
       if (params.k_is_raw && p.l2norm) {
-        normalize_tile<T, kConsumerThreads>(
-            shared.k, 1.f, true, threadIdx.x - 128,
+        // Its own 64 keys: the others may still be at the last tile's.
+        normalize_tile<T, 128, 64>(
+            tile.k, 64 * warpgroup, 1.f, true, threadIdx.x % 128,
             [&](int row, float inverse_norm) { shared.k_inverse_norm[row] = inverse_norm; });
-        ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
+        ptx::named_barrier(kWarpgroupBarrier + warpgroup, 128);
       }
-      shared.v_full.wait(at_keys.parity);
+      shared.v_full[at_keys.stage].wait(at_keys.parity);
       // Every key is seen in a full block.
-      if (has_dead_keys && work.counts.partial > 0 && work.counts.full == 0) clear_dead_keys(work);
+      if (has_dead_keys && work.counts.partial > 0 && work.counts.full == 0) clear_dead_keys(work, tile);
 #pragma unroll 1
       for (int i = work.counts.partial; i > 0; --i, at.advance(), buffer ^= 1) {
-        take_step<true>(keys, work, at, buffer, warpgroup);
+        take_step<true>(keys, work, at_keys.stage, at, buffer, warpgroup);
       }
 #pragma unroll 1
       for (int i = work.counts.full; i > 0; --i, at.advance(), buffer ^= 1) {
-        take_step<false>(keys, work, at, buffer, warpgroup);
+        take_step<false>(keys, work, at_keys.stage, at, buffer, warpgroup);
       }
       pin(keys.dk);
       pin(keys.dv);
-      finish(keys, work, warpgroup);
+      finish(keys, work, tile, warpgroup);
+      release(shared.keys_empty[at_keys.stage]);
     }
   }
 };
 
 // Grid: persistent CTAs, at most one per tile of keys.
-template <class Tile>
+template <class Tile, class Kernel = BwdKernel<Tile>>
 __global__ void __launch_bounds__(Tile::kThreads, 1)
     cosine_attn_bwd_sm90(const __grid_constant__ BwdTmaParams params) {
 #if __CUDA_ARCH_FEAT_SM90_ALL
@@ -636,10 +654,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   const int warpgroup = __shfl_sync(0xffffffff, threadIdx.x / 128, 0);
   if (threadIdx.x == 0) {
     constexpr int kWarps = 4 * Tile::kConsumers;
-    shared.k_full.init(1);
-    shared.v_full.init(1);
-    shared.keys_empty.init(kWarps);
-    shared.ds_full.init(kWarps);
+    for (int i = 0; i < Tile::kKeyStages; ++i) {
+      shared.k_full[i].init(1);
+      shared.v_full[i].init(1);
+      shared.keys_empty[i].init(kWarps);
+    }
+    shared.ds_full.init(Tile::kDsWarps);
     for (int i = 0; i < Tile::kStages; ++i) {
       shared.q_full[i].init(1);
       shared.dout_full[i].init(1);
@@ -650,7 +670,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
   }
   ptx::wait_for_prerequisite_grids();
   __syncthreads();
-  BwdKernel<Tile> kernel{params, params.problem, shared};
+  Kernel kernel(params, shared);
   if (warpgroup == 0) {
     ptx::fewer_registers<Tile::kProducerRegisters>();
     if (threadIdx.x < 32) kernel.produce();

@@ -38,6 +38,8 @@ struct FwdTile {
   using TS = TS_;
   using TV = TV_;
   static constexpr bool kUnbounded = false, kSmall = false, kShifted = kShifted_, kRaw = kRaw_;
+  // Logits take the head's scale after the product: bfloat16 has too few digits to round q^ again with it.
+  static constexpr bool kScaled = std::is_same_v<TS, __nv_bfloat16>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kShape.consumers;
   static constexpr int kBlockM = 64 * kConsumers, kBlockN = kShape.block_n;
@@ -57,7 +59,7 @@ struct FwdTile {
     int b, head, head_kv;
     int q_entry, k_entry, v_entry;  // in their batches
     const CUtensorMap* v_map;
-    float fold;                     // of q^
+    float fold;                     // of q^, or of logits with kScaled
     BlockCounts counts;
     int first, last;               // both are among [first, last), and the full ones
     int full_first, full_last;     // among [full_first, full_last): all of these, unless
@@ -78,7 +80,7 @@ struct FwdTile {
     BlockWindow window;
     bool seen[kBlockN];  // by clear_unseen
   };
-  static constexpr int kSmemBytes = sizeof(Shared) + kTileAlignment;
+  static constexpr int kSmemBytes = sizeof(Shared);
 };
 
 template <class Tile>
@@ -307,7 +309,7 @@ struct FwdKernel {
   // ---- The warpgroup that makes q^ and k^ of raw rows, in place.
 
   __device__ void normalize(TS (&tile)[Tile::kChunks][64][64], float fold) const {
-    normalize_tile<TV, 128>(tile, fold, p.l2norm, threadIdx.x % 128, [](int, float) {});
+    normalize_tile<TV, 128, 64>(tile, 0, fold, p.l2norm, threadIdx.x % 128, [](int, float) {});
   }
 
   __device__ void normalize_tiles() {
@@ -319,7 +321,7 @@ struct FwdKernel {
       const bool done = plan.m_block < 0;
       const int blocks = plan.counts.partial + plan.counts.full;
       if (!done) {
-        for (auto& rows : shared.q[at_q.stage]) normalize(rows, plan.fold);
+        for (auto& rows : shared.q[at_q.stage]) normalize(rows, Tile::kScaled ? 1.f : plan.fold);
       }
       release(shared.q_full[at_q.stage]);
       if (done) break;
@@ -339,10 +341,11 @@ struct FwdKernel {
     float sums[4];  // of rows lane / 4 and lane / 4 + 8, two chains each
     float s[1][kN][4];
     uint32_t weights[kN / 2][4];
+    float fold;  // of s, with kScaled
   };
 
-  // Raw rows of q become q^: unit rows times the head's scale, log2 e with it. As normalize_rows does it, for
-  // one group.
+  // Raw rows of q become q^: unit rows times the head's scale, log2 e with it, but not with kScaled. As
+  // normalize_rows does it, for one group.
   __device__ void normalize_q(int q_stage, int warpgroup, const Plan& plan) const {
     const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 % 4 * 16 + lane % 16;
     const auto address = [&](int i) {  // of the 16 columns from 16 i on, for ldmatrix
@@ -366,7 +369,7 @@ struct FwdKernel {
     const auto add = [](float x, float y) { return x + y; };
     const auto greater = [](float x, float y) { return fmaxf(x, y); };
 
-    const float fold = plan.fold;
+    const float fold = Tile::kScaled ? 1.f : plan.fold;
     float factor[2] = {fold, fold};
     if (p.l2norm) {
       float squares[2], scale[2] = {1.f, 1.f};
@@ -437,7 +440,22 @@ struct FwdKernel {
     ptx::wgmma_commit();
   }
 
-  // s becomes exp(s - c); adds up the rows. A sum follows its exp at a distance, the latency of MUFU.
+  // An exponent of 2.
+  __device__ float exponent(const Rows64& rows, float s) const {
+    const float shift = Tile::kShifted ? params.shift_log2 : 0.f;
+    return Tile::kScaled ? fmaf(s, rows.fold, -shift) : s - shift;
+  }
+  __device__ void take_exponents(Rows64& rows) const {
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) rows.s[0][n][e] = exponent(rows, rows.s[0][n][e]);
+    }
+  }
+
+  // s, or exponents with kReady, become weights; adds up the rows. A sum follows its exp at a distance, the
+  // latency of MUFU.
+  template <bool kReady>
   __device__ void take_exp(Rows64& rows) const {
     constexpr int kDistance = 4;
     const auto add = [&](int n) {
@@ -451,7 +469,7 @@ struct FwdKernel {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         float& s = rows.s[0][n][e];
-        if constexpr (Tile::kShifted) s -= params.shift_log2;
+        if constexpr (!kReady) s = exponent(rows, s);
         asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(s));
       }
       if (n >= kDistance) add(n - kDistance);
@@ -555,7 +573,9 @@ struct FwdKernel {
       const Plan& plan = shared.plan[at_plan.stage];
       if (plan.m_block < 0) break;
       const int m0 = plan.m_block * kBlockM + warpgroup * 64;  // of this warpgroup
-      if (!Tile::kRaw && params.q_is_raw) normalize_q(at_q.stage, warpgroup, plan);
+      const bool as_it_is = Tile::kScaled && !p.l2norm;
+      if (!Tile::kRaw && params.q_is_raw && !as_it_is) normalize_q(at_q.stage, warpgroup, plan);
+      if constexpr (Tile::kScaled) rows.fold = plan.fold;
 #pragma unroll
       for (int n = 0; n < kNV; ++n) {
 #pragma unroll
@@ -582,6 +602,7 @@ struct FwdKernel {
         }
       };
       const auto hide_words = [&] {
+        take_exponents(rows);  // before -inf, which a negative scale would turn
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
           hide(rows.s, words[w], ranges, fragment, w * kBlocksPerWord<kN>);
@@ -613,7 +634,7 @@ struct FwdKernel {
         pin(rows.s[0]);
         took_k();
         if constexpr (kHide) hide_words();
-        take_exp(rows);
+        take_exp<kHide>(rows);
         make_weights(is_partial);
       };
       // The product of the last weights with v, and the weights of the next block.
@@ -628,7 +649,7 @@ struct FwdKernel {
         pin(rows.s[0]);
         took_k();
         if constexpr (kHide) hide_words();
-        take_exp(rows);
+        take_exp<kHide>(rows);
         keep_above(rows);
         took_v();
         make_weights(is_partial);

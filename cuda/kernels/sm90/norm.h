@@ -14,16 +14,16 @@ struct ChunkLanes : RowLanes<8> {
 };
 
 // Rows of T, as raw ones come, become unit rows of THat times fold, or without l2norm the rows themselves
-// times fold; as normalize_rows does it, for one group. kThreads of which this is number `thread` share them
-// out; lanes hold columns in whichever order the swizzle has them, and all of a thread's rows are in flight
-// together. keep(row, inverse norm) is told of each, by the first of its lanes.
-template <class T, int kThreads, class THat, int kChunks, int kRows, class Keep>
-__device__ inline void normalize_tile(THat (&tile)[kChunks][kRows][64], float fold, bool l2norm, int thread,
-                                      Keep keep) {
+// times fold; as normalize_rows does it, for one group. kThreads of which this is number `thread` share out
+// kCount rows from `first` on; lanes hold columns in whichever order the swizzle has them, and all of a
+// thread's rows are in flight together. keep(row, inverse norm) is told of each, by the first of its lanes.
+template <class T, int kThreads, int kCount, class THat, int kChunks, int kRows, class Keep>
+__device__ inline void normalize_tile(THat (&tile)[kChunks][kRows][64], int first, float fold, bool l2norm,
+                                      int thread, Keep keep) {
   using Lanes = ChunkLanes<kChunks>;
-  constexpr int kRowsApart = kThreads / 8, kEach = kRows / kRowsApart;
+  constexpr int kRowsApart = kThreads / 8, kEach = kCount / kRowsApart;
   float x[kEach][Lanes::kElems], inverse_norms[kEach];
-  const auto row_of = [&](int each) { return thread / 8 + each * kRowsApart; };
+  const auto row_of = [&](int each) { return first + thread / 8 + each * kRowsApart; };
   const auto for_eights = [&](auto f) {
 #pragma unroll
     for (int each = 0; each < kEach; ++each) {

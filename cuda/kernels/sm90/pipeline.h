@@ -104,9 +104,9 @@ __device__ inline bool has_nonfinite(uint4 x) {
 // The struct that a kernel keeps in dynamic shared memory, whose tiles come first.
 template <class Shared>
 __device__ inline Shared& aligned_shared() {
-  extern __shared__ char smem[];
-  const uint32_t past = ptx::smem_address(smem) % kTileAlignment;
-  return *reinterpret_cast<Shared*>(smem + (past == 0 ? 0 : kTileAlignment - past));
+  extern __shared__ __align__(kTileAlignment) char tiles[];
+  if (ptx::smem_address(tiles) % kTileAlignment != 0) __trap();
+  return *reinterpret_cast<Shared*>(tiles);
 }
 
 }  // namespace jca::sm90
