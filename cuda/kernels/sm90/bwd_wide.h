@@ -20,7 +20,6 @@ struct WideBwdTile {
   static constexpr int kProducerRegisters = Like::kProducerRegisters;
   static constexpr int kConsumerRegisters = Like::kConsumerRegisters;
   static constexpr bool kPackedProduct = !kSums && std::is_same_v<T, __nv_bfloat16>;  // as there
-  static constexpr int kDsWarps = 4;  // of the warpgroup that makes dS
 
   struct KeyTile {
     T k[kChunks][kBlockN][64], v[kChunks][kBlockN][64];
@@ -180,6 +179,9 @@ struct WideBwdKernel : BwdKernel<Tile> {
       shared.weights[i][threadIdx.x % 128] = {x[0], x[1], x[2], x[3]};
     }
     ptx::named_barrier_arrive(kWeightsBarrier, kConsumerThreads);
+    // Racecheck orders a refill of the stage after the last warp that gave it up, no other. With this the
+    // other warpgroup has seen lse read, and either may be the last.
+    release(shared.ds_full);
     if constexpr (!kPartial) shared.dout_full[at.stage].wait(at.parity);
     start_sum(sums, shared.dout[at.stage]);
     const Step step = shared.step[at.stage];
