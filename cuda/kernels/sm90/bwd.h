@@ -28,6 +28,7 @@ struct BwdTile {
   static constexpr bool kSums = kSums_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = 2;  // warpgroups
+  static constexpr int kDsWarps = 4 * kConsumers;  // that make dS
   static constexpr int kBlockM = kHeadDim <= 64 ? 128 : 64, kBlockN = 64 * kConsumers;
   static constexpr int kStages = kStages_, kKeyStages = kKeyStages_;
   static constexpr int kChunks = kHeadDim / 64;  // columns come in chunks of 128 bytes, the swizzle's
@@ -658,7 +659,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       shared.v_full[i].init(1);
       shared.keys_empty[i].init(kWarps);
     }
-    shared.ds_full.init(kWarps);
+    shared.ds_full.init(Tile::kDsWarps);
     for (int i = 0; i < Tile::kStages; ++i) {
       shared.q_full[i].init(1);
       shared.dout_full[i].init(1);

@@ -15,7 +15,7 @@ struct WideBwdTile {
   using Step = typename Like::Step;
   static constexpr bool kSums = kSums_;
   static constexpr int kHeadDim = 256, kConsumers = 2, kBlockM = 64, kBlockN = 64;
-  static constexpr int kStages = 2, kKeyStages = 1;
+  static constexpr int kStages = 2, kKeyStages = 1, kDsWarps = 4;  // of the warpgroup that makes dS
   static constexpr int kChunks = kHeadDim / 64, kThreads = Like::kThreads;
   static constexpr int kProducerRegisters = Like::kProducerRegisters;
   static constexpr int kConsumerRegisters = Like::kConsumerRegisters;
@@ -178,10 +178,8 @@ struct WideBwdKernel : BwdKernel<Tile> {
       const uint32_t(&x)[4] = sums.operands[i];
       shared.weights[i][threadIdx.x % 128] = {x[0], x[1], x[2], x[3]};
     }
+    ptx::fence_async_shared();  // lse has been read, and is refilled through the async proxy
     ptx::named_barrier_arrive(kWeightsBarrier, kConsumerThreads);
-    // Racecheck orders a refill of the stage after the last warp that gave it up, no other. With this the
-    // other warpgroup has seen lse read, and either may be the last.
-    release(shared.ds_full);
     if constexpr (!kPartial) shared.dout_full[at.stage].wait(at.parity);
     start_sum(sums, shared.dout[at.stage]);
     const Step step = shared.step[at.stage];
