@@ -73,8 +73,11 @@ def bytes_sent(case: Case, devices: int) -> int:
     b, s, n, k, h = case.shape
     if case.name == "ring":
         entries = 2 * b * s // devices * k * h  # of keys and values
-        # bfloat16 keys in both passes, float32 gradients once more to get home.
-        return (devices - 1) * entries * (2 + 2) + devices * entries * 4 * (devices > 1)
+        if devices == 1:
+            return 0
+        # bfloat16 keys in both passes, which share the first hop, and float32 gradients to their
+        # home.
+        return (2 * devices - 3) * entries * 2 + devices * entries * 4
     if case.name == "decode":  # an all-reduce in two rounds
         return 2 * (devices - 1) * b * case.query_length * n * (h + 1) * 4 // devices
     return 0

@@ -292,6 +292,8 @@ def _check_array_scale(scale: Any, dtype: np.dtype, n: int) -> None:
     _check_dtype("scale", scale, allowed)
     if scale.shape not in ((), (n,)):
         raise ValueError(f"an array scale must be [] or [N] = {(n,)}, got {scale.shape}")
+    if isinstance(scale, np.ndarray) and not np.isfinite(scale).all():
+        raise ValueError(f"scale must be finite, got {scale}")
 
 
 def _integer(name: str, x: Any, minimum: int) -> int:

@@ -142,7 +142,8 @@ def ring_cosine_attention(
         which they are sharded.
       axis_name: the mesh axis of the sequence.
       mesh: makes it a call on whole arrays, cut over axis_name, batch_axis and head_axis.
-      batch_axis, head_axis: mesh axes, or tuples of them, that cut B, and N and K; with mesh only.
+      batch_axis, head_axis: mesh axes, or tuples of them, that cut B, and N and K unless K is 1;
+        with mesh only.
       is_causal: query and key are one sequence, in the order of `zigzag_indices`.
       seq_lengths: int32 [B], real lengths of the whole sequences, of queries and keys alike; or,
         unless is_causal, a pair of them.
@@ -175,8 +176,8 @@ def ring_cosine_attention(
             P(batch_axis, axis_name, head_axis),
             return_residual,
             query=(query, P(batch_axis, axis_name, head_axis)),
-            key=(key, P(batch_axis, axis_name, head_axis)),
-            value=(value, P(batch_axis, axis_name, head_axis)),
+            key=(key, _key_spec(key, batch_axis, axis_name, head_axis)),
+            value=(value, _key_spec(value, batch_axis, axis_name, head_axis)),
             bias=(bias, _bias_spec("bias", bias, batch_axis, head_axis, axis_name, None)),
             scale=(scale, P(head_axis)),
             seq_lengths=(seq_lengths, P(batch_axis)),
@@ -239,7 +240,8 @@ def kv_sharded_cosine_attention(
       bias, mask: [1|B, 1|N, 1|T, 1|S], columns of the shard.
       axis_name: the mesh axis of the keys.
       mesh: makes it a call on whole arrays, cut over axis_name, batch_axis and head_axis.
-      batch_axis, head_axis: mesh axes, or tuples of them, that cut B, and N and K; with mesh only.
+      batch_axis, head_axis: mesh axes, or tuples of them, that cut B, and N and K unless K is 1;
+        with mesh only.
       is_causal: the last query stands at the last key of all: as in `cosine_attention`. For more
         than one query it takes a mask [B, 1, T, S].
       key_value_seq_lengths: int32 [B], of all shards together.
@@ -271,8 +273,8 @@ def kv_sharded_cosine_attention(
             P(batch_axis, None, head_axis),
             return_residual,
             query=(query, P(batch_axis, None, head_axis)),
-            key=(key, P(batch_axis, axis_name, head_axis)),
-            value=(value, P(batch_axis, axis_name, head_axis)),
+            key=(key, _key_spec(key, batch_axis, axis_name, head_axis)),
+            value=(value, _key_spec(value, batch_axis, axis_name, head_axis)),
             bias=(bias, _bias_spec("bias", bias, batch_axis, head_axis, None, axis_name)),
             mask=(mask, _bias_spec("mask", mask, batch_axis, head_axis, None, axis_name)),
             scale=(scale, P(head_axis)),
@@ -331,6 +333,11 @@ def _over_mesh(
     )
     # Outside of jit shard_map runs no custom_vjp.
     return jax.jit(mapped, inline=True)(given)
+
+
+def _key_spec(x: Any, batch_axis: AxisName, axis_name: AxisName, head_axis: AxisName) -> P:
+    """Of [B, S, K, H]: one head serves all devices."""
+    return P(batch_axis, axis_name, None if x.shape[2:3] == (1,) else head_axis)
 
 
 def _bias_spec(name: str, x: Any, *axes: AxisName) -> P:

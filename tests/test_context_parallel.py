@@ -276,6 +276,18 @@ def test_backward_repeats_no_forward(attend, is_causal):
 
 
 @pytest.mark.usefixtures("exact_products")
+@pytest.mark.parametrize("attend", [ring_cosine_attention, kv_sharded_cosine_attention])
+def test_one_head_of_keys_serves_all_heads(attend):
+    """Heads of queries are cut, over Explicit axes, and the one of keys is on all devices."""
+    q, k, v = inputs().values()
+    ops = {"query": q, "key": k[:, :, :1], "value": v[:, :, :1]}
+    mesh = mesh_of((2, 4), ("model", "cp"), AxisType.Explicit)
+    f = functools.partial(attend, axis_name="cp", mesh=mesh, **axes_of(mesh), return_residual=True)
+    actual = run(lambda ops: f(**ops), ops)
+    assert_close(actual, run(lambda ops: cosine_attention(**ops, return_residual=True), ops))
+
+
+@pytest.mark.usefixtures("exact_products")
 def test_over_a_mesh_without_jit():
     ops, mesh = inputs(), mesh_of((8,), ("cp",))
     for f in (ring_cosine_attention, kv_sharded_cosine_attention):

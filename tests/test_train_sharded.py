@@ -48,7 +48,7 @@ def test_two_processes_train_like_one(data):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [start(data, (1, 2, 4), 4, (f"127.0.0.1:{port}", 2, place)) for place in range(2)]
+    processes = [start(data, (1, 1, 8), 4, (f"127.0.0.1:{port}", 2, place)) for place in range(2)]
     try:
         first, second = map(losses, processes)
     finally:

@@ -258,6 +258,9 @@ BAD = [
     case("scale-inf", ValueError, "scale must be finite, got inf", scale=float("inf")),
     case("scale-nan", ValueError, "scale must be finite, got nan", scale=np.float32("nan")),
     case("scale-float16-inf", ValueError, "must be finite, got inf", scale=np.float16("inf")),
+    case(
+        "scale-array-inf", ValueError, "scale must be finite, got inf", scale=np.array(np.inf, "f")
+    ),
     case("scale-huge-int", ValueError, "scale must be finite, got 1000", scale=10**400),
     case("scale-float32-range", ValueError, "scale must be finite, got 1e+39", scale=1e39),
     case("scale-text", TypeError, "scale must be a float or an array, got '8'", scale="8"),
