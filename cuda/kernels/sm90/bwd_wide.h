@@ -254,7 +254,8 @@ struct WideBwdKernel : BwdKernel<Tile> {
   __device__ void finish(Sums& sums, const Work& work, int warpgroup) const {
     const int lane = threadIdx.x % 32, first = int(threadIdx.x) / 32 % 4 * 16 + lane / 4;
     const Visible& visible = work.visible;
-    const int end_key = params.listed ? visible.seqlen_k : p.seqlen_k;  // others have been given zeros
+    const bool raw_k = this->k_is_raw(visible);
+    const int end_key = this->end_of_gradients(visible);
     const auto gK = params.k_raw.template head<const T>(work.b, work.head_kv);
     const auto gX = (warpgroup == 0 ? params.dv : params.dk).template head<T>(work.b, work.head_kv);
     const int64_t norm_row = (params.k_batch(work.b) * p.num_heads_kv + work.head_kv) * p.seqlen_k;
@@ -289,7 +290,7 @@ struct WideBwdKernel : BwdKernel<Tile> {
         const int group_size = p.head_dim / p.groups;
 #pragma unroll 1
         for (int g = 0; p.l2norm && g < p.groups; ++g) {
-          const float r = params.k_is_raw
+          const float r = raw_k
                               ? shared.k_inverse_norm[first + 8 * half]
                               : params.k_inverse_norm[(norm_row + min(key, p.seqlen_k - 1)) * p.groups + g];
           const float unit = r != 0.f ? r : 1.f / kMinNorm;
@@ -347,7 +348,7 @@ struct WideBwdKernel : BwdKernel<Tile> {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums.x[n][e] = 0.f;
       }
-      if (params.k_is_raw && p.l2norm) {
+      if (this->k_is_raw(work.visible) && p.l2norm) {
         normalize_tile<T, kConsumerThreads, kBlockN>(
             shared.keys[0].k, 0, 1.f, true, threadIdx.x - 128,
             [&](int row, float inverse_norm) { shared.k_inverse_norm[row] = inverse_norm; });
