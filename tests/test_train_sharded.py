@@ -41,10 +41,14 @@ def losses(process):
     return [float(x) for x in re.findall(r"step \d+: ([\d.]+) bits", output)]
 
 
-def test_two_processes_train_like_one(data):
+@pytest.fixture
+def in_one_process(data):
+    return losses(start(data, (2, 2, 2), 8))
+
+
+def test_two_processes_train_like_one(data, in_one_process):
     """Each has four devices; the ring passes from one to the other."""
-    expected = losses(start(data, (2, 2, 2), 8))
-    assert len(expected) == 2
+    assert len(in_one_process) == 2
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,7 +58,7 @@ def test_two_processes_train_like_one(data):
     finally:
         for process in processes:
             process.kill()
-    assert first == pytest.approx(expected, rel=1e-5)
+    assert first == pytest.approx(in_one_process, rel=1e-5)
     assert second == []  # one process speaks
 
 
