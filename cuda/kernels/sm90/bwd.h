@@ -20,6 +20,41 @@
 
 namespace jca::sm90 {
 
+// What a CTA keeps in shared memory: tiles first, which are swizzled.
+template <class T, int kChunks, int kBlockM, int kBlockN, int kStages, int kKeyStages>
+struct BwdShared {
+  // A tile of keys, handed from the producer to the other warps.
+  struct Work {
+    int n_block;  // or -1: no more
+    int b, head_kv;
+    BlockCounts counts;  // of query blocks of all heads of the group
+    Visible visible;
+  };
+  // A block of queries of one head.
+  struct Step {
+    int m0, head;
+    float* dq;  // its first tile
+  };
+  struct KeyTile {
+    T k[kChunks][kBlockN][64], v[kChunks][kBlockN][64];  // dv and dk go the same way
+  };
+
+  KeyTile keys[kKeyStages];
+  T q[kStages][kChunks][kBlockM][64];
+  T dout[kStages][kChunks][kBlockM][64];
+  T ds[2][kBlockM / 64][kBlockN][64];  // dS^T of this step and the last
+  alignas(16) float lse[kStages][kBlockM];
+  alignas(16) float delta[kStages][kBlockM];
+  float k_inverse_norm[kBlockN];  // of raw k
+  ptx::Mbarrier k_full[kKeyStages], v_full[kKeyStages], keys_empty[kKeyStages];
+  ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+  ptx::Mbarrier ds_full;
+  Work work[kKeyStages + 1];
+  Step step[kStages];  // in stage i of q
+  BlockWindow window;
+  bool suspect[kBlockN];  // by clear_dead_keys
+};
+
 // kSums: adds up rows of dS and of P S, for dscale. kStages: of the rings of q^ and dO. kKeyStages: of that
 // of keys.
 template <class T_, int kHeadDim_, bool kSums_, int kStages_ = 2, int kKeyStages_ = kHeadDim_ <= 64 ? 2 : 1>
@@ -42,37 +77,7 @@ struct BwdTile {
   static constexpr bool kLateDq = kBlockM == 128 && !kSums;
   static constexpr bool kPackedProduct = kPackedWeights && !kSums && std::is_same_v<T, __nv_bfloat16>;
 
-  // A tile of keys, handed from the producer to the other warps.
-  struct Work {
-    int n_block;  // or -1: no more
-    int b, head_kv;
-    BlockCounts counts;  // of query blocks of all heads of the group
-    Visible visible;
-  };
-  // A block of queries of one head.
-  struct Step {
-    int m0, head;
-    float* dq;  // its first tile
-  };
-  struct KeyTile {
-    T k[kChunks][kBlockN][64], v[kChunks][kBlockN][64];  // dv and dk go the same way
-  };
-  struct Shared {
-    KeyTile keys[kKeyStages];
-    T q[kStages][kChunks][kBlockM][64];
-    T dout[kStages][kChunks][kBlockM][64];
-    T ds[2][kBlockM / 64][kBlockN][64];  // dS^T of this step and the last
-    alignas(16) float lse[kStages][kBlockM];
-    alignas(16) float delta[kStages][kBlockM];
-    float k_inverse_norm[kBlockN];  // of raw k
-    ptx::Mbarrier k_full[kKeyStages], v_full[kKeyStages], keys_empty[kKeyStages];
-    ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
-    ptx::Mbarrier ds_full;
-    Work work[kKeyStages + 1];
-    Step step[kStages];  // in stage i of q
-    BlockWindow window;
-    bool suspect[kBlockN];  // by clear_dead_keys
-  };
+  using Shared = BwdShared<T, kChunks, kBlockM, kBlockN, kStages, kKeyStages>;
   static constexpr int kSmemBytes = sizeof(Shared);
 };
 
@@ -80,9 +85,9 @@ template <class Tile>
 struct BwdKernel {
   using T = typename Tile::T;
   using Shared = typename Tile::Shared;
-  using Work = typename Tile::Work;
-  using Step = typename Tile::Step;
-  using KeyTile = typename Tile::KeyTile;
+  using Work = typename Shared::Work;
+  using Step = typename Shared::Step;
+  using KeyTile = typename Shared::KeyTile;
   using KeyRing = Ring<Tile::kKeyStages>;
   using WorkRing = Ring<Tile::kKeyStages + 1>;
   static constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
