@@ -79,20 +79,24 @@ __global__ void __launch_bounds__(kListThreads) list_keys(const Mask mask) {
   if (threadIdx.x == 0) ranks[words] = total;
 }
 
-// Zeros in the rows of x of keys that are in no list or past the length: the kernels leave them as they are.
-// A CTA takes the 32 keys of a word of the mask. Grid: words * B.
+// Zeros in the rows of x and y of keys that are in no list or past the length: the kernels leave them as they
+// are, with skips_prefix unless the list is a prefix. A CTA takes the 32 keys of a word of the mask. Grid:
+// words * B.
 template <typename T, typename Word>
-__global__ void __launch_bounds__(kCellThreads) clear_unlisted(const Problem p, const Rows x) {
+__global__ void __launch_bounds__(kCellThreads)
+    clear_unlisted(const Problem p, const Rows x, const Rows y, bool skips_prefix) {
   constexpr int kElems = sizeof(Word) / sizeof(T);
   const int words = p.mask.cell_cols(), word = blockIdx.x % words, b = blockIdx.x / words;
   const int first = 32 * word, length = p.kv_lengths(b), chunks = p.head_dim / kElems;
   unsigned kept = p.mask.bits[int64_t(p.mask.batch(b)) * words + word];
   if (first + 32 > length) kept &= length > first ? (1u << (length - first)) - 1 : 0;
-  if (kept == 0xffffffff) return;
+  if (kept == 0xffffffff || (skips_prefix && is_prefix(p.mask.keys_of(b), p.mask.count_of(b)))) return;
   for (int i = threadIdx.x; i < 32 * p.num_heads_kv * chunks; i += kCellThreads) {
     const int j = i / chunks / p.num_heads_kv, head = i / chunks % p.num_heads_kv;
     if (kept >> j & 1 || first + j >= p.seqlen_k) continue;
-    reinterpret_cast<Word*>(x.head<T>(b, head).row(first + j))[i % chunks] = Word{};
+    for (const Rows* rows : {&x, &y}) {
+      reinterpret_cast<Word*>(rows->head<T>(b, head).row(first + j))[i % chunks] = Word{};
+    }
   }
 }
 

@@ -83,7 +83,16 @@ struct Mask {
   __host__ __device__ int cell_rows() const { return (rows + kCellRows - 1) / kCellRows; }
   __host__ __device__ int cell_cols() const { return (cols + kCellCols - 1) / kCellCols; }
   __host__ __device__ int keys_size() const { return cell_cols() + 1 + cols; }
+  // Of a batch entry of the call.
+  __device__ const int32_t* ranks_of(int b) const { return keys + batch(b) * keys_size(); }
+  __device__ const int32_t* keys_of(int b) const { return ranks_of(b) + cell_cols() + 1; }
+  __device__ int count_of(int b) const { return ranks_of(b)[cell_cols()]; }
 };
+
+// Whether the first `count` keys of a list are those below `count`.
+__device__ inline bool is_prefix(const int32_t* keys, int count) {
+  return count == 0 || keys[count - 1] == count - 1;
+}
 
 // int32 [., L]: a pair is allowed only within one segment.
 struct Segments {
@@ -265,13 +274,15 @@ struct DqTiles {
 // The same for the kernel that reads through tensor maps: (H, L, heads, batch) of q^, k^, v and dO, in boxes
 // of 64 columns by a block of queries or keys.
 struct BwdTmaParams {
-  CUtensorMap q_map, k_map, v_map, raw_v_map, dout_map;
+  CUtensorMap q_map, k_map, raw_k_map, v_map, raw_v_map, dout_map;
   Problem problem;
   BatchIndex k_batch, v_batch, raw_v_batch;
-  bool listed;    // as in FwdTmaParams
-  bool k_is_raw;  // k_map is of k: the kernel turns its rows into k^ itself, where l2norm asks for that
+  bool listed;  // as in FwdTmaParams
+  // The kernel makes k^ of k itself, where l2norm asks for that, unless keys come from a list that is no
+  // prefix.
+  bool takes_raw_k;
   Rows k_raw;
-  const float* k_inverse_norm;  // unused if k_is_raw
+  const float* k_inverse_norm;  // of k^ that a pre-pass made
   RowStats stats;
   float* dq_accum;  // in DqTiles
   float2* row_sums;

@@ -295,10 +295,9 @@ __global__ void __launch_bounds__(kRowThreads) normalize_rows(const NormParams p
   int read = params.seqlen, written = params.seqlen;
   const int32_t* keys = nullptr;
   if (params.listed) {
-    const int32_t* ranks = p.mask.keys + p.mask.batch(at.b) * p.mask.keys_size();
-    keys = ranks + p.mask.cell_cols() + 1;
-    read = ranks[p.mask.cell_cols()];
-    if (params.skips_prefix && (read == 0 || keys[read - 1] == read - 1)) return;
+    keys = p.mask.keys_of(at.b);
+    read = p.mask.count_of(at.b);
+    if (params.skips_prefix && is_prefix(keys, read)) return;
     written = min(written, (read + kMostKeysPerBlock - 1) / kMostKeysPerBlock * kMostKeysPerBlock);
   }
 

@@ -71,11 +71,11 @@ struct Visible {
       if (p.mask.keys == nullptr) {
         mask_cells = p.mask.cells + words * p.mask.cell_rows();
       } else {
-        ranks = p.mask.keys + p.mask.batch(b) * p.mask.keys_size();
-        keys = ranks + p.mask.cell_cols() + 1;
+        ranks = p.mask.ranks_of(b);
+        keys = p.mask.keys_of(b);
         seqlen_k = rank(position_k);
         // A list that is a prefix, as padding at the end leaves, is not worth its look-ups.
-        if (seqlen_k == 0 || keys[seqlen_k - 1] == seqlen_k - 1) {
+        if (is_prefix(keys, seqlen_k)) {
           keys = nullptr;
           position_k = seqlen_k;
         }

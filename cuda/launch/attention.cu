@@ -130,10 +130,11 @@ Status normalize_q(cudaStream_t stream, const Problem& problem, bool folds, bool
                                      .l2norm = problem.l2norm});
 }
 
-// k^ of all keys, or of the listed ones.
+// k^ of all keys, or of the listed ones; with skips_prefix not where they are a prefix.
 template <typename T, typename THat>
 Status normalize_k(cudaStream_t stream, const Problem& problem, const Rows& k, const Rows& k_hat,
-                   float* k_inverse_norm, bool listed = false, int* zero = nullptr) {
+                   float* k_inverse_norm, bool listed = false, bool skips_prefix = false,
+                   int* zero = nullptr) {
   Rows own_hat = k_hat;
   own_hat.batch.div = 1;
   return normalize<T, THat>(stream, {.problem = problem,
@@ -348,7 +349,7 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
     if (!status.ok()) return status;
   }
   if (!k_is_raw) {
-    status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, call.next_tile);
+    status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, false, call.next_tile);
     if (!status.ok()) return status;
   }
   Rows v = call.v;
@@ -484,18 +485,18 @@ Status ordered_sums(cudaStream_t stream, const BackwardCall& call, const BwdPara
   return status_of(cudaGetLastError(), "summing the gradient of a bias");
 }
 
-// The backward on Hopper, for the same as `of`; k, raw or k^, as the kernel reads it.
-Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, const Rows& k,
+// The backward on Hopper, for the same as `of`.
+Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdParams& of, bool takes_raw_k,
                             const Rows& raw_v, int* next_tile) {
   const Problem& p = of.problem;
   const FloatType type =
       instance.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
   BwdTmaParams params{.problem = p,
-                      .k_batch = k.batch,
+                      .k_batch = of.k_hat.batch,
                       .v_batch = of.v.batch,
                       .raw_v_batch = raw_v.batch,
                       .listed = p.mask.keys != nullptr,
-                      .k_is_raw = k.data == of.k_raw.data,
+                      .takes_raw_k = takes_raw_k,
                       .k_raw = of.k_raw,
                       .k_inverse_norm = of.k_inverse_norm,
                       .stats = of.stats,
@@ -507,7 +508,8 @@ Status launch_backward_sm90(cudaStream_t stream, Instance instance, const BwdPar
                       .next_tile = next_tile};
   const Status status = make_tensor_maps(
       {{&params.q_map, "q^", of.q_hat, type, p.seqlen_q, p.num_heads, instance.block_m},
-       {&params.k_map, "k", k, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.k_map, "k^", of.k_hat, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.raw_k_map, "k", of.k_raw, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", of.v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.raw_v_map, "v", raw_v, type, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.dout_map, "dO", of.dout, type, p.seqlen_q, p.num_heads, instance.block_m}},
@@ -533,9 +535,9 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  const bool k_is_raw = is_sm90 && !listed && (p.groups == 1 || !p.l2norm);
-  if (!k_is_raw) {
-    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed);
+  const bool takes_raw_k = is_sm90 && (p.groups == 1 || !p.l2norm);
+  if (listed || !takes_raw_k) {
+    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed, takes_raw_k);
     if (!status.ok()) return status;
   }
 
@@ -568,13 +570,11 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   if (!call.deterministic) status = clear_biases(stream, call);
   if (!status.ok()) return status;
   if (p.mask.keys != nullptr) {
-    for (const Rows& rows : {call.dk, call.dv}) {
-      const bool wide = p.head_dim * sizeof(T) % sizeof(uint4) == 0;
-      const auto kernel = wide ? clear_unlisted<T, uint4> : clear_unlisted<T, T>;
-      const int64_t blocks = int64_t(p.mask.cell_cols()) * p.batch;
-      if (blocks > INT_MAX) return {"clearing dk and dv: too many blocks for one launch"};
-      kernel<<<static_cast<unsigned>(blocks), kCellThreads, 0, stream>>>(p, rows);
-    }
+    const bool wide = p.head_dim * sizeof(T) % sizeof(uint4) == 0;
+    const auto kernel = wide ? clear_unlisted<T, uint4> : clear_unlisted<T, T>;
+    const int64_t blocks = int64_t(p.mask.cell_cols()) * p.batch;
+    if (blocks > INT_MAX) return {"clearing dk and dv: too many blocks for one launch"};
+    kernel<<<static_cast<unsigned>(blocks), kCellThreads, 0, stream>>>(p, call.dk, call.dv, takes_raw_k);
     status = status_of(cudaGetLastError(), "clearing dk and dv");
     if (!status.ok()) return status;
   }
@@ -608,7 +608,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
     params.dbias = params.drelative_bias = {};
   }
   if (is_sm90) {
-    status = launch_backward_sm90(stream, *instance, params, k_is_raw ? call.k : call.k_hat, call.v,
+    status = launch_backward_sm90(stream, *instance, params, takes_raw_k, call.v,
                                   call.next_tile);
   } else {
     status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,

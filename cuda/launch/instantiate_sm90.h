@@ -50,11 +50,9 @@ InstanceRow sm90_fwd_row(Arithmetic arithmetic) {
           sm90_fwd_instance<FwdTile<TS, TV, 256, kShifted>>(arithmetic)};
 }
 
-// kStages: of a candidate, of queries and of keys.
-template <class T, int kHeadDim, int... kStages>
+// TileOfSums: of the kernel that adds up rows for dscale too.
+template <class Tile, class TileOfSums, template <class> class Kernel = sm90::BwdKernel>
 Instance sm90_bwd_instance(Arithmetic arithmetic, int candidate = 0) {
-  using Tile = sm90::BwdTile<T, kHeadDim, false, kStages...>;
-  using TileOfSums = sm90::BwdTile<T, kHeadDim, true, kStages...>;
   static_assert(Tile::kSmemBytes == TileOfSums::kSmemBytes);
   return {.direction = Direction::kBackward,
           .arithmetic = arithmetic,
@@ -62,53 +60,39 @@ Instance sm90_bwd_instance(Arithmetic arithmetic, int candidate = 0) {
           .unbounded = false,
           .small = false,
           .head_dim = Tile::kHeadDim,
-          .kernel = reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<Tile>),
+          .kernel = reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<Tile, Kernel<Tile>>),
           .threads = Tile::kThreads,
           .smem_bytes = Tile::kSmemBytes,
           .block_m = Tile::kBlockM,
           .block_n = Tile::kBlockN,
-          .kernel_of_sums = reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<TileOfSums>),
+          .kernel_of_sums =
+              reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<TileOfSums, Kernel<TileOfSums>>),
           .stages = Tile::kStages,
           .key_stages = Tile::kKeyStages,
           .candidate = candidate};
 }
 
-template <class T>
-Instance sm90_wide_bwd_instance(Arithmetic arithmetic) {
-  using sm90::WideBwdKernel;
-  using Tile = sm90::WideBwdTile<T, false>;
-  using TileOfSums = sm90::WideBwdTile<T, true>;
-  static_assert(Tile::kSmemBytes == TileOfSums::kSmemBytes);
-  return {.direction = Direction::kBackward,
-          .arithmetic = arithmetic,
-          .family = Family::kSm90,
-          .unbounded = false,
-          .small = false,
-          .head_dim = Tile::kHeadDim,
-          .kernel = reinterpret_cast<const void*>(&sm90::cosine_attn_bwd_sm90<Tile, WideBwdKernel<Tile>>),
-          .threads = Tile::kThreads,
-          .smem_bytes = Tile::kSmemBytes,
-          .block_m = Tile::kBlockM,
-          .block_n = Tile::kBlockN,
-          .kernel_of_sums = reinterpret_cast<const void*>(
-              &sm90::cosine_attn_bwd_sm90<TileOfSums, WideBwdKernel<TileOfSums>>),
-          .stages = Tile::kStages,
-          .key_stages = Tile::kKeyStages};
+// kStages: of a candidate, of queries and of keys.
+template <class T, int kHeadDim, int... kStages>
+Instance sm90_narrow_bwd_instance(Arithmetic arithmetic, int candidate = 0) {
+  return sm90_bwd_instance<sm90::BwdTile<T, kHeadDim, false, kStages...>,
+                           sm90::BwdTile<T, kHeadDim, true, kStages...>>(arithmetic, candidate);
 }
 
 template <class T>
 InstanceRow sm90_bwd_row(Arithmetic arithmetic) {
-  return {sm90_bwd_instance<T, 64>(arithmetic),
+  return {sm90_narrow_bwd_instance<T, 64>(arithmetic),
 #ifdef JAX_COSINE_ATTN_TUNE
-          sm90_bwd_instance<T, 64, 2, 1>(arithmetic, 1),
-          sm90_bwd_instance<T, 64, 3, 1>(arithmetic, 2),
+          sm90_narrow_bwd_instance<T, 64, 2, 1>(arithmetic, 1),
+          sm90_narrow_bwd_instance<T, 64, 3, 1>(arithmetic, 2),
 #endif
-          sm90_bwd_instance<T, 128>(arithmetic),
+          sm90_narrow_bwd_instance<T, 128>(arithmetic),
 #ifdef JAX_COSINE_ATTN_TUNE
-          sm90_bwd_instance<T, 128, 2, 2>(arithmetic, 1),
-          sm90_bwd_instance<T, 128, 3, 1>(arithmetic, 2),
+          sm90_narrow_bwd_instance<T, 128, 2, 2>(arithmetic, 1),
+          sm90_narrow_bwd_instance<T, 128, 3, 1>(arithmetic, 2),
 #endif
-          sm90_wide_bwd_instance<T>(arithmetic),
+          sm90_bwd_instance<sm90::WideBwdTile<T, false>, sm90::WideBwdTile<T, true>, sm90::WideBwdKernel>(
+              arithmetic),
   };
 }
 

@@ -20,6 +20,41 @@
 
 namespace jca::sm90 {
 
+// What a CTA keeps in shared memory: tiles first, which are swizzled.
+template <class T, int kChunks, int kBlockM, int kBlockN, int kStages, int kKeyStages>
+struct BwdShared {
+  // A tile of keys, handed from the producer to the other warps.
+  struct Work {
+    int n_block;  // or -1: no more
+    int b, head_kv;
+    BlockCounts counts;  // of query blocks of all heads of the group
+    Visible visible;
+  };
+  // A block of queries of one head.
+  struct Step {
+    int m0, head;
+    float* dq;  // its first tile
+  };
+  struct KeyTile {
+    T k[kChunks][kBlockN][64], v[kChunks][kBlockN][64];  // dv and dk go the same way
+  };
+
+  KeyTile keys[kKeyStages];
+  T q[kStages][kChunks][kBlockM][64];
+  T dout[kStages][kChunks][kBlockM][64];
+  T ds[2][kBlockM / 64][kBlockN][64];  // dS^T of this step and the last
+  alignas(16) float lse[kStages][kBlockM];
+  alignas(16) float delta[kStages][kBlockM];
+  float k_inverse_norm[kBlockN];  // of raw k
+  ptx::Mbarrier k_full[kKeyStages], v_full[kKeyStages], keys_empty[kKeyStages];
+  ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
+  ptx::Mbarrier ds_full;
+  Work work[kKeyStages + 1];
+  Step step[kStages];  // in stage i of q
+  BlockWindow window;
+  bool suspect[kBlockN];  // by clear_dead_keys
+};
+
 // kSums: adds up rows of dS and of P S, for dscale. kStages: of the rings of q^ and dO. kKeyStages: of that
 // of keys.
 template <class T_, int kHeadDim_, bool kSums_, int kStages_ = 2, int kKeyStages_ = kHeadDim_ <= 64 ? 2 : 1>
@@ -38,39 +73,11 @@ struct BwdTile {
   // Beside 128 queries there are no registers for P in float32: dS = P (dP - delta) takes P as the products
   // do, and in bfloat16, which has the range, multiplies in it.
   static constexpr bool kPackedWeights = kBlockM == 128 || kSums;
+  // dQ of a block is left to the next step, whose exps run beside it, where there are registers for it.
+  static constexpr bool kLateDq = kBlockM == 128 && !kSums;
   static constexpr bool kPackedProduct = kPackedWeights && !kSums && std::is_same_v<T, __nv_bfloat16>;
 
-  // A tile of keys, handed from the producer to the other warps.
-  struct Work {
-    int n_block;  // or -1: no more
-    int b, head_kv;
-    BlockCounts counts;  // of query blocks of all heads of the group
-    Visible visible;
-  };
-  // A block of queries of one head.
-  struct Step {
-    int m0, head;
-    float* dq;  // its first tile
-  };
-  struct KeyTile {
-    T k[kChunks][kBlockN][64], v[kChunks][kBlockN][64];  // dv and dk go the same way
-  };
-  struct Shared {
-    KeyTile keys[kKeyStages];
-    T q[kStages][kChunks][kBlockM][64];
-    T dout[kStages][kChunks][kBlockM][64];
-    T ds[2][kBlockM / 64][kBlockN][64];  // dS^T of this step and the last
-    alignas(16) float lse[kStages][kBlockM];
-    alignas(16) float delta[kStages][kBlockM];
-    float k_inverse_norm[kBlockN];  // of raw k
-    ptx::Mbarrier k_full[kKeyStages], v_full[kKeyStages], keys_empty[kKeyStages];
-    ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
-    ptx::Mbarrier ds_full;
-    Work work[kKeyStages + 1];
-    Step step[kStages];  // in stage i of q
-    BlockWindow window;
-    bool suspect[kBlockN];  // by clear_dead_keys
-  };
+  using Shared = BwdShared<T, kChunks, kBlockM, kBlockN, kStages, kKeyStages>;
   static constexpr int kSmemBytes = sizeof(Shared);
 };
 
@@ -78,9 +85,9 @@ template <class Tile>
 struct BwdKernel {
   using T = typename Tile::T;
   using Shared = typename Tile::Shared;
-  using Work = typename Tile::Work;
-  using Step = typename Tile::Step;
-  using KeyTile = typename Tile::KeyTile;
+  using Work = typename Shared::Work;
+  using Step = typename Shared::Step;
+  using KeyTile = typename Shared::KeyTile;
   using KeyRing = Ring<Tile::kKeyStages>;
   using WorkRing = Ring<Tile::kKeyStages + 1>;
   static constexpr int kBlockM = Tile::kBlockM, kBlockN = Tile::kBlockN, kHeadDim = Tile::kHeadDim;
@@ -97,6 +104,12 @@ struct BwdKernel {
   __device__ BwdKernel(const BwdTmaParams& params, Shared& shared)
       : params(params), p(params.problem), shared(shared) {}
 
+  __device__ bool reads_list(const Visible& visible) const {
+    return params.listed && visible.keys != nullptr;
+  }
+  __device__ bool k_is_raw(const Visible& visible) const {
+    return params.takes_raw_k && !reads_list(visible);
+  }
   __device__ int group() const { return p.num_heads / p.num_heads_kv; }
   __device__ int key_blocks() const { return (p.seqlen_k + kBlockN - 1) / kBlockN; }
 
@@ -170,14 +183,16 @@ struct BwdKernel {
         if (leader) {
           ptx::Mbarrier& full = shared.k_full[at_keys.stage];
           full.arrive_and_expect(sizeof(keys.k));
-          load(keys.k, params.k_map, full, n0, work.head_kv, params.k_batch(b));
+          const bool raw = k_is_raw(visible);
+          load(keys.k, raw ? params.raw_k_map : params.k_map, full, n0, work.head_kv,
+               raw ? params.k_raw.batch(b) : params.k_batch(b));
         }
       };
       const auto load_v = [&] {
         if (leader) {
           ptx::Mbarrier& full = shared.v_full[at_keys.stage];
           full.arrive_and_expect(sizeof(keys.v));
-          const bool raw = params.listed && visible.keys == nullptr;
+          const bool raw = params.listed && !reads_list(visible);
           load(keys.v, raw ? params.raw_v_map : params.v_map, full, n0, work.head_kv,
                raw ? params.raw_v_batch(b) : params.v_batch(b));
         }
@@ -496,6 +511,57 @@ struct BwdKernel {
     release(shared.q_empty[at.stage]);
   }
 
+  // One block of queries in which all pairs are allowed. dQ is left to the next step or to finish_dq, and
+  // that of `last` done, with kPending. The warpgroups need not wait for one another's dS then.
+  template <bool kPending>
+  __device__ void take_late_step(Keys64& keys, int key_stage, Ring<Tile::kStages> at, int buffer,
+                                 int warpgroup, Step& last) const {
+    asm volatile("" : "+r"(key_stage));  // as in take_step
+    const KeyTile& tile = shared.keys[key_stage];
+    const Queries &q = shared.q[at.stage], &dout = shared.dout[at.stage];
+    RowSums no_sums;
+    shared.q_full[at.stage].wait(at.parity);
+    start_pairs(keys.s, tile.k, warpgroup, q);
+    if constexpr (kPending) {
+      shared.ds_full.wait(buffer ^ 1);
+      start_dq(keys, tile, buffer ^ 1, warpgroup);
+    }
+    ptx::wgmma_wait<kPending>();
+    pin(keys.s);
+    take_exp<false>(keys, no_sums, at.stage);
+    shared.dout_full[at.stage].wait(at.parity);
+    start_pairs(keys.dp, tile.v, warpgroup, dout);
+    start_sum(keys.dv, keys.weights, dout);
+    if constexpr (kPending) {
+      ptx::wgmma_wait<2>();
+      pin(keys.dq);
+      add_dq(keys, last, warpgroup);
+    }
+    ptx::wgmma_wait<1>();
+    pin(keys.dp);
+    take_ds(keys, no_sums, at.stage, buffer, warpgroup);
+    last = shared.step[at.stage];
+    start_sum(keys.dk, keys.ds, q);
+    ptx::wgmma_wait<1>();
+    release(shared.dout_empty[at.stage]);
+    ptx::wgmma_wait<0>();
+    release(shared.q_empty[at.stage]);
+  }
+
+  __device__ void finish_dq(Keys64& keys, const KeyTile& tile, int buffer, int warpgroup,
+                            const Step& last) const {
+    shared.ds_full.wait(buffer);
+    start_dq(keys, tile, buffer, warpgroup);
+    ptx::wgmma_wait<0>();
+    pin(keys.dq);
+    add_dq(keys, last, warpgroup);
+  }
+
+  // Keys below it are given dk and dv here; of others that no list holds, zeros have been written.
+  __device__ int end_of_gradients(const Visible& visible) const {
+    return params.listed && !k_is_raw(visible) ? visible.seqlen_k : p.seqlen_k;
+  }
+
   // dv and dk of this warp's 16 keys, through the place of k and v, which all have read.
   __device__ void finish(Keys64& keys, const Work& work, KeyTile& tile, int warpgroup) const {
     constexpr int kLanes = kHeadDim / 8;
@@ -532,9 +598,9 @@ struct BwdKernel {
       *reinterpret_cast<uint4*>(row + L::first()) = {pack(0), pack(2), pack(4), pack(6)};
     };
     const auto row_of = [&](int turn) { return turn * kAtOnce + lane / kLanes; };
-    // Keys that are not in a list have been given zeros.
     const Visible& visible = work.visible;
-    const int end_key = params.listed ? visible.seqlen_k : p.seqlen_k;
+    const bool raw_k = k_is_raw(visible);
+    const int end_key = end_of_gradients(visible);
     const auto key_of = [&](int turn) { return work.n_block * kBlockN + first + row_of(turn); };
     int positions[kTurns];
 #pragma unroll
@@ -567,7 +633,7 @@ struct BwdKernel {
 #pragma unroll
     for (int turn = 0; turn < kTurns; ++turn) {
       inverse_norms[turn] =
-          params.k_is_raw
+          raw_k
               ? shared.k_inverse_norm + first + row_of(turn)
               : params.k_inverse_norm + (norm_row + min(key_of(turn), p.seqlen_k - 1)) * p.groups;
       take(a[turn], row_of(turn));
@@ -619,7 +685,7 @@ struct BwdKernel {
 #pragma unroll
         for (int e = 0; e < 4; ++e) keys.dk[n][e] = keys.dv[n][e] = 0.f;
       }
-      if (params.k_is_raw && p.l2norm) {
+      if (k_is_raw(work.visible) && p.l2norm) {
         // Its own 64 keys: the others may still be at the last tile's.
         normalize_tile<T, 128, 64>(
             tile.k, 64 * warpgroup, 1.f, true, threadIdx.x % 128,
@@ -633,9 +699,22 @@ struct BwdKernel {
       for (int i = work.counts.partial; i > 0; --i, at.advance(), buffer ^= 1) {
         take_step<true>(keys, work, at_keys.stage, at, buffer, warpgroup);
       }
+      int full = work.counts.full;
+      if constexpr (Tile::kLateDq) {
+        Step last;
+        if (full > 0) {
+          take_late_step<false>(keys, at_keys.stage, at, buffer, warpgroup, last);
 #pragma unroll 1
-      for (int i = work.counts.full; i > 0; --i, at.advance(), buffer ^= 1) {
-        take_step<false>(keys, work, at_keys.stage, at, buffer, warpgroup);
+          for (--full; at.advance(), buffer ^= 1, full > 0; --full) {
+            take_late_step<true>(keys, at_keys.stage, at, buffer, warpgroup, last);
+          }
+          finish_dq(keys, tile, buffer ^ 1, warpgroup, last);
+        }
+      } else {
+#pragma unroll 1
+        for (; full > 0; --full, at.advance(), buffer ^= 1) {
+          take_step<false>(keys, work, at_keys.stage, at, buffer, warpgroup);
+        }
       }
       pin(keys.dk);
       pin(keys.dv);

@@ -11,8 +11,6 @@ template <class T_, bool kSums_>
 struct WideBwdTile {
   using T = T_;
   using Like = BwdTile<T, 128, kSums_>;
-  using Work = typename Like::Work;
-  using Step = typename Like::Step;
   static constexpr bool kSums = kSums_;
   static constexpr int kHeadDim = 256, kConsumers = 2, kBlockM = 64, kBlockN = 64;
   static constexpr int kStages = 2, kKeyStages = 1, kDsWarps = 4;  // of the warpgroup that makes dS
@@ -21,25 +19,8 @@ struct WideBwdTile {
   static constexpr int kConsumerRegisters = Like::kConsumerRegisters;
   static constexpr bool kPackedProduct = !kSums && std::is_same_v<T, __nv_bfloat16>;  // as there
 
-  struct KeyTile {
-    T k[kChunks][kBlockN][64], v[kChunks][kBlockN][64];
-  };
-  struct Shared {
-    KeyTile keys[kKeyStages];
-    T q[kStages][kChunks][kBlockM][64];
-    T dout[kStages][kChunks][kBlockM][64];
-    T ds[2][kBlockN][64];  // dS^T of this step and the last, which a slower warp may still read
+  struct Shared : BwdShared<T, kChunks, kBlockM, kBlockN, kStages, kKeyStages> {
     uint4 weights[kBlockM / 16][128];  // P^T, of thread i
-    alignas(16) float lse[kStages][kBlockM];
-    alignas(16) float delta[kStages][kBlockM];
-    float k_inverse_norm[kBlockN];  // of raw k
-    ptx::Mbarrier k_full[kKeyStages], v_full[kKeyStages], keys_empty[kKeyStages];
-    ptx::Mbarrier q_full[kStages], q_empty[kStages], dout_full[kStages], dout_empty[kStages];
-    ptx::Mbarrier ds_full;
-    Work work[kKeyStages + 1];
-    Step step[kStages];  // in stage i of q
-    BlockWindow window;
-    bool suspect[kBlockN];  // by clear_dead_keys
   };
   static constexpr int kSmemBytes = sizeof(Shared);
 };
@@ -79,7 +60,7 @@ struct WideBwdKernel : BwdKernel<Tile> {
 
   __device__ void start_dq(Sums& sums, int buffer, int warpgroup) const {
     const auto& columns = shared.keys[0].k[warpgroup * Tile::kChunks / 2];
-    const uint64_t a = ptx::matrix_descriptor(ptx::smem_address(shared.ds[buffer]), 1024, 16);
+    const uint64_t a = ptx::matrix_descriptor(ptx::smem_address(shared.ds[buffer][0]), 1024, 16);
     const uint64_t b = ptx::matrix_descriptor(ptx::smem_address(columns), 1024, sizeof(columns));
     ptx::wgmma_fence();
 #pragma unroll
@@ -232,7 +213,7 @@ struct WideBwdKernel : BwdKernel<Tile> {
           }
         }
       }
-      T* const to = shared.ds[parity][row] + ((2 * i + lane / 16) ^ (row % 8)) * 8;
+      T* const to = shared.ds[parity][0][row] + ((2 * i + lane / 16) ^ (row % 8)) * 8;
       ptx::stmatrix_x4(ptx::smem_address(to), ds[0], ds[1], ds[2], ds[3]);
     }
     ptx::fence_async_shared();
@@ -254,7 +235,8 @@ struct WideBwdKernel : BwdKernel<Tile> {
   __device__ void finish(Sums& sums, const Work& work, int warpgroup) const {
     const int lane = threadIdx.x % 32, first = int(threadIdx.x) / 32 % 4 * 16 + lane / 4;
     const Visible& visible = work.visible;
-    const int end_key = params.listed ? visible.seqlen_k : p.seqlen_k;  // others have been given zeros
+    const bool raw_k = this->k_is_raw(visible);
+    const int end_key = this->end_of_gradients(visible);
     const auto gK = params.k_raw.template head<const T>(work.b, work.head_kv);
     const auto gX = (warpgroup == 0 ? params.dv : params.dk).template head<T>(work.b, work.head_kv);
     const int64_t norm_row = (params.k_batch(work.b) * p.num_heads_kv + work.head_kv) * p.seqlen_k;
@@ -289,7 +271,7 @@ struct WideBwdKernel : BwdKernel<Tile> {
         const int group_size = p.head_dim / p.groups;
 #pragma unroll 1
         for (int g = 0; p.l2norm && g < p.groups; ++g) {
-          const float r = params.k_is_raw
+          const float r = raw_k
                               ? shared.k_inverse_norm[first + 8 * half]
                               : params.k_inverse_norm[(norm_row + min(key, p.seqlen_k - 1)) * p.groups + g];
           const float unit = r != 0.f ? r : 1.f / kMinNorm;
@@ -347,7 +329,7 @@ struct WideBwdKernel : BwdKernel<Tile> {
 #pragma unroll
         for (int e = 0; e < 4; ++e) sums.x[n][e] = 0.f;
       }
-      if (params.k_is_raw && p.l2norm) {
+      if (this->k_is_raw(work.visible) && p.l2norm) {
         normalize_tile<T, kConsumerThreads, kBlockN>(
             shared.keys[0].k, 0, 1.f, true, threadIdx.x - 128,
             [&](int row, float inverse_norm) { shared.k_inverse_norm[row] = inverse_norm; });

@@ -2,8 +2,8 @@
 //
 // P = exp(S - c) with a constant c, so O and the row sums are plain sums over blocks of keys in any order.
 // In the first warpgroup one warp plans a tile ahead, one has q, k^ and v brought into rings of tiles, and
-// one has out stored; the others own 64 rows of the query tile each. Where q and k come raw, one warpgroup
-// more makes unit rows of them between their arrival and their use. CTAs are persistent and take
+// one has out stored; the others own 64 rows of the query tile each. Where q and k come raw, one or two
+// warpgroups more make unit rows of them between their arrival and their use. CTAs are persistent and take
 // tiles from a counter. First come the blocks in which some pair is forbidden, then the others. exp(S) of
 // one block runs beside P v of the block before; no branch stands between the start of products and the
 // wait for them (ptxas would serialise wgmma that are in flight across one, note C7514).
@@ -30,8 +30,8 @@ constexpr FwdShape fwd_shape(int head_dim, bool raw) {
   return raw ? FwdShape{2, 64, 4, 2} : FwdShape{2, 128, 2, 2};
 }
 
-// TS: element type of q^ and k^; TV: of v, P and out. kShifted: c is not 0. kRaw: q and k come raw, and one
-// more warpgroup makes q^ and k^ of them; without masks and segments.
+// TS: element type of q^ and k^; TV: of v, P and out. kShifted: c is not 0. kRaw: q and k come raw, and
+// warpgroups more make q^ and k^ of them; without masks and segments.
 template <class TS_, class TV_, int kHeadDim_, bool kShifted_, bool kRaw_ = false,
           FwdShape kShape = fwd_shape(kHeadDim_, kRaw_)>
 struct FwdTile {
@@ -42,14 +42,16 @@ struct FwdTile {
   static constexpr bool kScaled = std::is_same_v<TS, __nv_bfloat16>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kShape.consumers;
+  static constexpr int kNormalizers = !kRaw ? 0 : kHeadDim_ <= 64 ? 2 : 1;  // warpgroups too
   static constexpr int kBlockM = 64 * kConsumers, kBlockN = kShape.block_n;
   static constexpr int kStages = kShape.stages, kQueryStages = kShape.query_stages;
   static constexpr int kChunks = (kHeadDim + 63) / 64;  // columns come in chunks of 128 bytes, the swizzle's
-  static constexpr int kThreads = 128 * (1 + kConsumers + kRaw);
+  static constexpr int kThreads = 128 * (1 + kConsumers + kNormalizers);
   // Of 64 K registers, granted evenly at launch.
-  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kRaw ? 168 : 232;
-  static constexpr int kNormalizerRegisters = 136;
+  static constexpr int kProducerRegisters = kConsumers == 2 && kNormalizers < 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters =
+      kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kNormalizers == 2 ? 152 : kRaw ? 168 : 232;
+  static constexpr int kNormalizerRegisters = kNormalizers == 2 ? 72 : 136;
 
   static constexpr int kPlans = 2;
 
@@ -306,13 +308,15 @@ struct FwdKernel {
     ptx::store_wait();
   }
 
-  // ---- The warpgroup that makes q^ and k^ of raw rows, in place.
+  // ---- The warpgroups that make q^ and k^ of raw rows, in place. Two take turns.
 
   __device__ void normalize(TS (&tile)[Tile::kChunks][64][64], float fold) const {
     normalize_tile<TV, 128, 64>(tile, 0, fold, p.l2norm, threadIdx.x % 128, [](int, float) {});
   }
 
-  __device__ void normalize_tiles() {
+  __device__ void normalize_tiles(int number) {
+    constexpr int kTurns = Tile::kNormalizers;
+    static_assert(Tile::kStages % kTurns == 0 && Tile::kConsumers % kTurns == 0);
     PlanRing at_plan;
     KeyRing at_k;
     for (QueryRing at_q;; at_q.advance(), at_plan.advance()) {
@@ -321,12 +325,15 @@ struct FwdKernel {
       const bool done = plan.m_block < 0;
       const int blocks = plan.counts.partial + plan.counts.full;
       if (!done) {
-        for (auto& rows : shared.q[at_q.stage]) normalize(rows, Tile::kScaled ? 1.f : plan.fold);
+        for (int w = number; w < Tile::kConsumers; w += kTurns) {
+          normalize(shared.q[at_q.stage][w], Tile::kScaled ? 1.f : plan.fold);
+        }
       }
       release(shared.q_full[at_q.stage]);
       if (done) break;
 #pragma unroll 1
       for (int i = 0; i < blocks; ++i, at_k.advance()) {
+        if (at_k.stage % kTurns != number) continue;
         shared.k_raw[at_k.stage].wait(at_k.parity);
         normalize(shared.k[at_k.stage], 1.f);
         release(shared.k_full[at_k.stage]);
@@ -730,10 +737,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
          {&params.q_map, &params.k_map, &params.v_map, &params.raw_v_map, &params.out_map}) {
       ptx::prefetch_tensor_map(*map);
     }
-    constexpr int kFillers = Tile::kRaw ? 4 : 1;  // warps that normalise, or the one that loads
+    constexpr int kFillers = Tile::kRaw ? 4 : 1;  // of k: warps that normalise, or the one that loads
     for (int i = 0; i < Tile::kQueryStages; ++i) {
       shared.q_raw[i].init(1);
-      shared.q_full[i].init(kFillers);
+      shared.q_full[i].init(kFillers * (Tile::kNormalizers > 1 ? Tile::kNormalizers : 1));
       shared.q_empty[i].init(1);
       shared.out_full[i].init(4 * Tile::kConsumers);
     }
@@ -760,7 +767,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (warp == 2) kernel.store();
   } else if (Tile::kRaw && warpgroup > Tile::kConsumers) {
     ptx::more_registers<Tile::kNormalizerRegisters>();
-    if constexpr (Tile::kRaw) kernel.normalize_tiles();
+    if constexpr (Tile::kRaw) kernel.normalize_tiles(warpgroup - Tile::kConsumers - 1);
   } else {
     ptx::more_registers<Tile::kConsumerRegisters>();
     kernel.consume(warpgroup - 1);
