@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 
 class Operands(NamedTuple):
     """Data operands of the primitives; None = absent.
 
     Batch entry b of the call reads operand x at `x[(b // div_x) % x.shape[0]]`, with `div_x` from
-    `Config.div`. A plain call has div 1 and leading dims 1 or B; vmap changes the divisors instead
-    of expanding the operands that it does not map over.
+    `Config.div`. A plain call has div 1 and leading dims 1 or B. Under vmap an operand of the
+    primitives has an axis for each mapped one besides, right after the batch, of size 1 where the
+    operand is not mapped; `merged` makes a call of plain batch entries of it.
 
     T_b = q_lengths[b] may exceed T, for rows that are the first of a longer sequence. Row i stands
     at position i + (S_b - T_b) among the keys, and its entry of relative_bias for key j is
@@ -57,7 +61,36 @@ class Config:
 def shapes(ops: Operands, config: Config) -> tuple[int, int, int, int, int]:
     """(T, N, S, K, H) of a call, whatever its layout."""
     if config.layout == "BTNH":
-        (_, t, n, h), (_, s, k, _) = ops.q.shape, ops.k.shape
+        (t, n, h), (s, k, _) = ops.q.shape[-3:], ops.k.shape[-3:]
     else:
-        (_, n, t, h), (_, k, s, _) = ops.q.shape, ops.k.shape
+        (n, t, h), (k, s, _) = ops.q.shape[-3:], ops.k.shape[-3:]
     return t, n, s, k, h
+
+
+def merged(
+    operands: Sequence[jax.Array], config: Config, fields: Sequence[str], sizes: tuple[int, ...]
+) -> tuple[Operands, list[jax.Array], Config]:
+    """A call mapped over axes of `sizes` as one of config.batch * prod(sizes) batch entries.
+
+    Operands that are shared along an axis are read again through their divisors; only one that is
+    shared along an axis between two along which it is not is repeated in memory.
+
+    Returns:
+      Operands and config of that call, and the operands beyond `fields`, which are never shared.
+    """
+    lead = (config.batch, *sizes)
+    values, div = {}, dict(zip(FIELDS, config.div, strict=True))
+    for name, x in zip(fields, operands, strict=False):
+        values[name] = x
+        if sizes:
+            own, rest = x.shape[: len(lead)], x.shape[len(lead) :]
+            wide = [axis for axis, size in enumerate(own) if size != 1] or [0]
+            first, end = wide[0], wide[-1] + 1
+            rows = lead[first:end] if own[first] != 1 else (1,)
+            x = jnp.broadcast_to(x, (*own[:first], *rows, *own[end:], *rest))
+            values[name] = x.reshape(math.prod(rows), *rest)
+            div[name] = math.prod(lead[end:])
+    batch = math.prod(lead)
+    beyond = [x.reshape(batch, *x.shape[len(lead) :]) for x in operands[len(values) :]]
+    config = dataclasses.replace(config, batch=batch, div=tuple(div.values()))
+    return Operands(**values), beyond, config

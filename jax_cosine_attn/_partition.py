@@ -1,4 +1,5 @@
-"""How XLA's SPMD partitioner may cut a call: over batch, heads and queries, never over keys.
+"""How XLA's SPMD partitioner may cut a call: over batch and mapped axes, heads and queries, never
+over keys.
 
 Shards are independent calls. What they share is on every one of them (keys and values under sharded
 queries, for example), and the gradients of it are added up. Lengths tell a shard of queries where
@@ -21,7 +22,7 @@ from jax import lax
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jax_cosine_attn._config import FIELDS, Config, Operands, shapes
+from jax_cosine_attn._config import FIELDS, Config, Operands, merged, shapes
 
 NO_MESH = AbstractMesh((), ())
 _DIMS = {
@@ -44,7 +45,6 @@ _OUTSIDE = re.compile(r"\(.*?\)")  # what is not a dim of its own
 class _Tensor(NamedTuple):
     name: str  # a key of _DIMS
     shape: tuple[int, ...]
-    div: int
 
 
 class _Cut:
@@ -55,78 +55,61 @@ class _Cut:
         ops: Operands,
         config: Config,
         fields: Sequence[str],
+        sizes: Sequence[int],
         wanted: Sequence[str] | None,
         grad_batch: Sequence[int],
         has_dlse: bool,
     ):
         self.config = config
         t, n, _, k, _ = shapes(ops, config)
-        div = dict(zip(FIELDS, config.div, strict=True))
+        self.mapped = [f"m{i}" for i in range(len(sizes))]
 
         def like(name: str, batch: int) -> _Tensor:
-            return _Tensor(name, (batch, *getattr(ops, name).shape[1:]), 1)
+            return _Tensor(name, (batch, *sizes, *getattr(ops, name).shape[1 + len(sizes) :]))
 
-        lse = _Tensor("lse", (config.batch, n, t), 1)
+        lse = _Tensor("lse", (config.batch, *sizes, n, t))
         full = {name: like(name, config.batch) for name in "qkv"}
-        self.operands = [_Tensor(name, getattr(ops, name).shape, div[name]) for name in fields]
+        self.operands = [_Tensor(name, getattr(ops, name).shape) for name in fields]
         if wanted is None:
             self.results = [full["q"], lse, lse]
         else:
             self.operands += [full["q"], lse, lse, full["q"], *([lse] if has_dlse else [])]
             self.results = [*full.values(), *map(like, wanted, grad_batch)]
+        # The most equal parts of batch, mapped axes, heads and queries.
+        self.parts = {"b": config.batch, "n": n if k == 1 else k, "t": t}
+        self.parts |= dict(zip(self.mapped, sizes, strict=True))
 
-        # Entry b reads row (b // div) % rows of an operand. A cut of the batch into c equal parts
-        # leaves that rule as it is where c divides the rows, or the times that they repeat.
-        batch = config.batch
-        for tensor in (*self.operands, *self.results):
-            rows = tensor.shape[0]
-            if rows > 1 and tensor.div > 0:  # vmap over nothing divides by 0
-                times = config.batch // (tensor.div * rows)
-                batch = math.gcd(batch, rows if times == 1 else times)
-        # The most equal parts of batch, heads and queries.
-        self.parts = {"b": batch, "n": n if k == 1 else k, "t": t}
+    def dims(self, tensor: _Tensor) -> list[str]:
+        first, *rest = list(_DIMS[tensor.name])
+        if len(rest) == 3 and rest[0] in "ts" and self.config.layout == "BNTH":
+            rest[:2] = rest[1], rest[0]
+        return [first, *self.mapped, *rest]
 
-    def dims(self, tensor: _Tensor) -> str:
-        dims = _DIMS[tensor.name]
-        if len(dims) == 4 and dims[1] in "ts" and self.config.layout == "BNTH":
-            dims = dims[0] + dims[2] + dims[1] + dims[3]
-        return dims
-
-    def factor(self, dim: str, size: int, tensor: _Tensor) -> str | None:
-        """What cuts this dim of a tensor: b, n, t or None."""
+    def factor(self, dim: str, size: int) -> str | None:
+        """What cuts this dim of a tensor: b, a mapped axis, n, t or None."""
         factor = "n" if dim == "k" else dim
-        if size <= 1 or self.parts.get(factor, 1) <= 1:
-            return None
-        if dim == "b" and tensor.div * size != self.config.batch:
-            return None
-        return factor
+        return None if size <= 1 or self.parts.get(factor, 1) <= 1 else factor
 
     def rule(self) -> tuple[str, dict[str, Any]]:
         """Shardy's rule for the call, as text and keywords of `def_partition`."""
         sizes: dict[str, int] = {}
         whole: list[str] = []
 
-        def label(dim: str, size: int, tensor: _Tensor) -> str:
-            factor = self.factor(dim, size, tensor)
+        def label(dim: str, size: int) -> str:
+            factor = self.factor(dim, size)
             if factor is None:
                 whole.append(f"whole{len(whole)}")
                 return whole[-1]
             parts = self.parts[factor]
             if size == parts:
                 return factor
-            # The first part of the dim is cut; heads of a group and mapped instances stay together.
+            # The first part of the dim is cut; heads of a group stay together.
             minor = f"{factor}{size // parts}"
             sizes.update({factor: parts, minor: size // parts})
             return f"({factor} {minor})"
 
         def side(tensors: Sequence[_Tensor]) -> list[str]:
-            return [
-                " ".join(
-                    label(*pair, tensor)
-                    for pair in zip(self.dims(tensor), tensor.shape, strict=True)
-                )
-                for tensor in tensors
-            ]
+            return [" ".join(map(label, self.dims(tensor), tensor.shape)) for tensor in tensors]
 
         operands, results = side(self.operands), side(self.results)
         alone = {word for text in operands + results for word in _OUTSIDE.sub("", text).split()}
@@ -147,8 +130,7 @@ class _Cut:
         return cut
 
     def spec(self, tensor: _Tensor, axes: dict[str, tuple[str, ...]]) -> PartitionSpec:
-        dims = zip(self.dims(tensor), tensor.shape, strict=True)
-        factors = [self.factor(dim, size, tensor) for dim, size in dims]
+        factors = map(self.factor, self.dims(tensor), tensor.shape)
         return PartitionSpec(*((axes.get(f) or None) if f else None for f in factors))
 
 
@@ -157,6 +139,7 @@ def partitioned(
     ops: Operands,
     config: Config,
     fields: tuple[str, ...],
+    sizes: tuple[int, ...],
     wanted: tuple[str, ...] | None = None,
     grad_batch: tuple[int, ...] = (),
     has_dlse: bool = False,
@@ -166,33 +149,40 @@ def partitioned(
     Args:
       bind: a primitive's, without the parameters below.
       ops: avals of the operands of the whole call.
-      config, fields: the parameters of the primitives.
+      config, fields, sizes: the parameters of the primitives.
       wanted, grad_batch, has_dlse: those of the backward; wanted None is the forward.
     """
-    cut = _Cut(ops, config, fields, wanted, grad_batch, has_dlse)
+    cut = _Cut(ops, config, fields, sizes, wanted, grad_batch, has_dlse)
 
     def call(*operands: jax.Array) -> Sequence[jax.Array]:
-        return bind(*operands, **params(config, fields, grad_batch))
+        return bind(*operands, **params(config, fields, sizes, grad_batch))
 
-    def params(config: Config, fields: tuple[str, ...], grad_batch: Any) -> dict[str, Any]:
+    def params(config: Config, fields: Any, sizes: Any, grad_batch: Any) -> dict[str, Any]:
         backward = dict(wanted=wanted, grad_batch=grad_batch, has_dlse=has_dlse)
-        return dict(config=config, fields=fields, **({} if wanted is None else backward))
+        forward = dict(config=config, fields=fields, sizes=sizes)
+        return forward if wanted is None else forward | backward
 
     def partition(mesh: Mesh, operands: Any, results: Any) -> Any:
+        if mesh.empty:  # JAX knows the meshes of a program's arguments and results only
+            mesh = _mesh_of(results[0].sharding, results[0].shape)
         axes = cut.axes(mesh, results[0].sharding)
         operand_specs, result_specs = (
             [cut.spec(tensor, axes) for tensor in tensors]
             for tensors in (cut.operands, cut.results)
         )
-        parts = math.prod(mesh.shape[name] for name in axes["b"])
+        parts = {dim: math.prod(mesh.shape[name] for name in names) for dim, names in axes.items()}
+        mapped = tuple(n // parts[dim] for n, dim in zip(sizes, cut.mapped, strict=True))
+
+        def lead(batch: int) -> int:
+            return batch // parts["b"] if batch == config.batch else batch
 
         def shard(*operands: jax.Array) -> list[jax.Array]:
             # Inside, no mesh is left to speak of.
             with jax.sharding.use_abstract_mesh(NO_MESH):
-                local = Operands(**dict(zip(fields, operands, strict=False)))
-                local_config = dataclasses.replace(config, batch=config.batch // parts)
+                local_config = dataclasses.replace(config, batch=lead(config.batch))
+                local, rows, local_config = merged(operands, local_config, fields, mapped)
                 batches = {
-                    name: n // parts if n == config.batch else n
+                    name: math.prod((lead(n), *mapped))
                     for name, n in zip(wanted or (), grad_batch, strict=True)
                 }
                 summed = dict(batches)  # by the call
@@ -204,15 +194,16 @@ def partitioned(
                 present = tuple(name for name in FIELDS if getattr(local, name) is not None)
                 outputs = bind(
                     *(getattr(local, name) for name in present),
-                    *operands[len(fields) :],
-                    **params(local_config, present, tuple(summed.values())),
+                    *rows,
+                    **params(local_config, present, (), tuple(summed.values())),
                 )
                 added = []
                 used = {name for names in axes.values() for name in names}
                 for tensor, spec, x in zip(cut.results, result_specs, outputs, strict=True):
                     if axes["t"] and tensor.name == "relative_bias":
-                        x = _put_back(x, first, batches["relative_bias"], tensor.shape[2])
-                    added.append(_added(x, used.difference(*map(_names, spec))))
+                        x = _put_back(x, first, batches["relative_bias"], tensor.shape[-1])
+                    x = x.reshape(lead(tensor.shape[0]), *mapped, *x.shape[1:])
+                    added.append(_added(x, used.difference(*map(mesh_axes_of, spec))))
                 return added
 
         def shardings(specs: Sequence[PartitionSpec]) -> list[NamedSharding]:
@@ -226,6 +217,17 @@ def partitioned(
     # comes to where heads of queries divide by the axis and heads of keys do not.
     wrapped.def_partition(partition, decode_shardings=False, sharding_rule=rule, **options)
     return wrapped
+
+
+def _mesh_of(sharding: Sharding, shape: tuple[int, ...]) -> Mesh:
+    """A mesh of the sharding's devices, in their order, with an axis for each prime factor: of the
+    meshes whose axes are powers of two it can tell every sharding."""
+    devices = np.array(list(sharding.devices_indices_map(shape)))
+    factors, rest = [], devices.size
+    while rest > 1:
+        factors.append(next(n for n in range(2, rest + 1) if rest % n == 0))
+        rest //= factors[-1]
+    return Mesh(devices.reshape(factors), tuple(f"factor{i}" for i in range(len(factors))))
 
 
 def _mesh_axes(
@@ -249,7 +251,7 @@ def _mesh_axes(
     return names if same else ()
 
 
-def _names(entry: Any) -> tuple[str, ...]:
+def mesh_axes_of(entry: Any) -> tuple[str, ...]:
     """Mesh axes in one entry of a PartitionSpec."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 

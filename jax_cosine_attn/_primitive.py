@@ -1,16 +1,17 @@
 """The two primitives: what JAX is told about a call, whatever computes it.
 
 Operands are the fields of `Operands` that are present, in order; the backward adds out, lse,
-lse_low, dout and, with `has_dlse`, dlse. The parameter `fields` names those present. An
-implementation is chosen when the call is lowered for a platform, so one traced function serves all
-of them. The parameter `body` is the same call once more, as XLA's partitioner may cut it.
+lse_low, dout and, with `has_dlse`, dlse. The parameter `fields` names those present; `sizes` are
+those of the axes that vmap put after the batch, in operands and results alike. An implementation is
+chosen when the call is lowered for a platform, so one traced function serves all of them. The
+parameter `body` is the same call once more, as XLA's partitioner may cut it.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,8 +23,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_cosine_attn import _ffi
 from jax_cosine_attn._blockwise import blockwise_bwd, blockwise_fwd
-from jax_cosine_attn._config import FIELDS, Config, Operands, shapes
-from jax_cosine_attn._partition import NO_MESH, partitioned
+from jax_cosine_attn._config import FIELDS, Config, Operands, merged, shapes
+from jax_cosine_attn._partition import NO_MESH, mesh_axes_of, partitioned
 
 cosine_attn_fwd_p = Primitive("cosine_attn_fwd")
 cosine_attn_fwd_p.multiple_results = True
@@ -35,7 +36,7 @@ def fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.Array]
     """(out, lse, lse_low): out in q's layout and dtype, lse [B, N, T], and what rounding took from
     it, 0 in dead rows."""
     fields, operands = _present(ops)
-    out, lse, lse_low = _bind(cosine_attn_fwd_p, *operands, config=config, fields=fields)
+    out, lse, lse_low = _bind(cosine_attn_fwd_p, *operands, config=config, fields=fields, sizes=())
     return out, lse, lse_low
 
 
@@ -62,11 +63,26 @@ def bwd(
             *(() if dlse is None else (dlse,)),
             config=config,
             fields=fields,
+            sizes=(),
             wanted=wanted,
             grad_batch=tuple(getattr(ops, name).shape[0] for name in wanted),
             has_dlse=dlse is not None,
         )
     )
+
+
+def vary_alike(arrays: Iterable[jax.Array]) -> list[jax.Array]:
+    """Under shard_map, all arrays varying over the mesh axes that any of them varies over.
+
+    The transpose of the cast sums the gradient of an array that all devices share.
+    """
+    arrays = list(arrays)
+    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
+    axes = frozenset().union(*varying)
+    return [
+        jax.lax.pcast(x, tuple(sorted(axes - own, key=str)), to="varying")
+        for x, own in zip(arrays, varying, strict=True)
+    ]
 
 
 def _present(ops: Operands) -> tuple[tuple[str, ...], list[jax.Array]]:
@@ -109,50 +125,63 @@ def _register_impl(primitive: Primitive, static: tuple[str, ...]) -> None:
     primitive.def_impl(impl)
 
 
-_register_impl(cosine_attn_fwd_p, ("config", "fields"))
-_register_impl(cosine_attn_bwd_p, ("config", "fields", "wanted", "grad_batch", "has_dlse"))
+_register_impl(cosine_attn_fwd_p, ("config", "fields", "sizes"))
+_register_impl(cosine_attn_bwd_p, ("config", "fields", "sizes", "wanted", "grad_batch", "has_dlse"))
 
 
 # Abstract evaluation: results derive from the operands' avals, which carry the mesh axes that a
 # value varies over under shard_map and the sharding under an explicit mesh.
 
 
-def _aval(like: Any, axes: Sequence[int], batch: int, dtype: Any, batch_spec: Any) -> Any:
-    """The aval of `batch` entries whose axes are those of `like`, sharded like them."""
-    shape = (batch, *(like.shape[axis] for axis in axes[1:]))
-    spec = [like.sharding.spec[axis] for axis in axes]
-    if batch != like.shape[0]:
-        spec[0] = batch_spec
-    sharding = NamedSharding(like.sharding.mesh, PartitionSpec(*spec))
-    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=sharding)
+def _aval(like: Any, axes: Sequence[int], lead: tuple[int, ...], dtype: Any, specs: Any) -> Any:
+    """The aval of a result with leading dims `lead` and the other axes of `like` in the order
+    `axes`: sharded like it, and where it has no such dim as the call is, if the axes are free."""
+    own = like.sharding.spec
+    rest = [len(lead) + axis for axis in axes]
+    spec = [entry if like.shape[i] == lead[i] else None for i, entry in enumerate(own[: len(lead)])]
+    spec += [own[i] for i in rest]
+    for i, entry in enumerate(specs):
+        used = {name for other in spec for name in mesh_axes_of(other)}
+        if like.shape[i] != lead[i] and used.isdisjoint(mesh_axes_of(entry)):
+            spec[i] = entry
+    return like.update(
+        shape=(*lead, *(like.shape[i] for i in rest)),
+        dtype=dtype,
+        weak_type=False,
+        sharding=NamedSharding(like.sharding.mesh, PartitionSpec(*spec)),
+    )
 
 
-def _batch_spec(ops: Operands, config: Config) -> Any:
-    """How the batch of a call is sharded, vmap's instances merged after it: as q, k or v are."""
-    rows: Sequence[Any] = ops[:3]
-    specs = [
-        x.sharding.spec[0]
-        for x, div in zip(rows, config.div, strict=False)
-        if x.shape[0] > 1 and x.shape[0] * div == config.batch
+def _lead_specs(avals: Sequence[Any], lead: tuple[int, ...]) -> list[Any]:
+    """How the batch and the mapped axes of a call are sharded: as in the first operand that has
+    them so, cotangents included, which may be all that is mapped."""
+    return [
+        next((x.sharding.spec[i] for x in avals if x.shape[i] == size and x.sharding.spec[i]), None)
+        for i, size in enumerate(lead)
     ]
-    return next((spec for spec in specs if spec is not None), None)
 
 
 def _fwd_abstract_eval(
-    *avals: Any, config: Config, fields: tuple[str, ...], body: ClosedJaxpr | None
+    *avals: Any,
+    config: Config,
+    fields: tuple[str, ...],
+    sizes: tuple[int, ...],
+    body: ClosedJaxpr | None,
 ) -> tuple[ShapedArray, ...]:
     del body
     ops = Operands(**dict(zip(fields, avals, strict=True)))
-    lse_axes = (0, 2, 1) if config.layout == "BTNH" else (0, 1, 2)
-    spec = _batch_spec(ops, config)
-    lse = _aval(ops.q, lse_axes, config.batch, ops.scale.dtype, spec)
-    return _aval(ops.q, range(4), config.batch, ops.q.dtype, spec), lse, lse
+    lse_axes = (1, 0) if config.layout == "BTNH" else (0, 1)
+    lead = (config.batch, *sizes)
+    specs = _lead_specs(avals, lead)
+    lse = _aval(ops.q, lse_axes, lead, ops.scale.dtype, specs)
+    return _aval(ops.q, range(3), lead, ops.q.dtype, specs), lse, lse
 
 
 def _bwd_abstract_eval(
     *avals: Any,
     config: Config,
     fields: tuple[str, ...],
+    sizes: tuple[int, ...],
     wanted: tuple[str, ...],
     grad_batch: tuple[int, ...],
     has_dlse: bool,
@@ -160,20 +189,19 @@ def _bwd_abstract_eval(
 ) -> tuple[ShapedArray, ...]:
     del has_dlse, body
     ops = Operands(**dict(zip(fields, avals, strict=False)))
-    primals, batches = _gradients(ops, config, wanted, grad_batch)
-    spec = _batch_spec(ops, config)
+    specs = _lead_specs(avals, (config.batch, *sizes))
     return tuple(
-        _aval(x, range(x.ndim), batch, x.dtype, spec if batch == config.batch else None)
-        for x, batch in zip(primals, batches, strict=True)
+        _aval(x, range(x.ndim - 1 - len(sizes)), (batch, *sizes), x.dtype, specs)
+        for x, batch in _gradients(ops, config, wanted, grad_batch)
     )
 
 
 def _gradients(
     ops: Operands, config: Config, wanted: tuple[str, ...], grad_batch: tuple[int, ...]
-) -> tuple[list[Any], tuple[int, ...]]:
+) -> list[tuple[Any, int]]:
     """Operands that have a gradient, and the leading dims of the gradients."""
     primals = [getattr(ops, name) for name in ("q", "k", "v", *wanted)]
-    return primals, (config.batch,) * 3 + grad_batch
+    return list(zip(primals, (config.batch,) * 3 + grad_batch, strict=True))
 
 
 cosine_attn_fwd_p.def_abstract_eval(_fwd_abstract_eval)
@@ -206,16 +234,23 @@ def _is_empty(ops: Operands, config: Config) -> bool:
 
 
 def _lowered_fwd(
-    *operands: jax.Array, platform: str | None, config: Config, fields: tuple[str, ...]
-) -> tuple[jax.Array, ...]:
-    ops = Operands(**dict(zip(fields, operands, strict=True)))
+    *operands: jax.Array,
+    platform: str | None,
+    config: Config,
+    fields: tuple[str, ...],
+    sizes: tuple[int, ...],
+) -> list[jax.Array]:
+    lead = (config.batch, *sizes)
+    ops, _, config = merged(operands, config, fields, sizes)
     use_cuda = _use_cuda(ops, config, platform)
     if _is_empty(ops, config):
         t, n, *_ = shapes(ops, config)
         out = jnp.zeros((config.batch, *ops.q.shape[1:]), ops.q.dtype)
         lse = jnp.full((config.batch, n, t), -jnp.inf, ops.scale.dtype)
-        return out, lse, jnp.zeros_like(lse)
-    return (_ffi.cuda_fwd if use_cuda else blockwise_fwd)(ops, config)
+        results = out, lse, jnp.zeros_like(lse)
+    else:
+        results = (_ffi.cuda_fwd if use_cuda else blockwise_fwd)(ops, config)
+    return [x.reshape(*lead, *x.shape[1:]) for x in results]
 
 
 def _lowered_bwd(
@@ -223,22 +258,25 @@ def _lowered_bwd(
     platform: str | None,
     config: Config,
     fields: tuple[str, ...],
+    sizes: tuple[int, ...],
     wanted: tuple[str, ...],
     grad_batch: tuple[int, ...],
     has_dlse: bool,
-) -> tuple[jax.Array, ...]:
-    ops = Operands(**dict(zip(fields, operands, strict=False)))
+) -> list[jax.Array]:
+    leads = [(batch, *sizes) for batch in (config.batch,) * 3 + grad_batch]
+    ops, rows, config = merged(operands, config, fields, sizes)
+    grad_batch = tuple(math.prod(lead) for lead in leads[3:])
     use_cuda = _use_cuda(ops, config, platform)
+    results: Sequence[jax.Array]
     if _is_empty(ops, config):
-        primals, batches = _gradients(ops, config, wanted, grad_batch)
-        return tuple(
-            jnp.zeros((batch, *x.shape[1:]), x.dtype)
-            for x, batch in zip(primals, batches, strict=True)
-        )
-    out, lse, lse_low, dout, *dlse = operands[len(fields) :]
-    rule = _ffi.cuda_bwd if use_cuda else blockwise_bwd
-    cotangents = dout, dlse[0] if has_dlse else None
-    return rule(ops, out, lse, lse_low, *cotangents, config, wanted, grad_batch)
+        gradients = _gradients(ops, config, wanted, grad_batch)
+        results = [jnp.zeros((batch, *x.shape[1:]), x.dtype) for x, batch in gradients]
+    else:
+        out, lse, lse_low, dout, *dlse = rows
+        rule = _ffi.cuda_bwd if use_cuda else blockwise_bwd
+        cotangents = dout, dlse[0] if has_dlse else None
+        results = rule(ops, out, lse, lse_low, *cotangents, config, wanted, grad_batch)
+    return [x.reshape(*lead, *x.shape[1:]) for x, lead in zip(results, leads, strict=True)]
 
 
 def _register(primitive: Primitive, fun: Callable, platform: str | None) -> None:
@@ -261,49 +299,8 @@ for _platform in (None, "cuda"):
     _register(cosine_attn_bwd_p, _lowered_bwd, _platform)
 
 
-# Batching: the mapped axis is merged after batch, entry b' = b * size + m. Operands that are not
-# mapped are read again through their divisors instead of being repeated in memory.
-
-
-def _merge(x: jax.Array, dim: int) -> jax.Array:
-    x = jnp.moveaxis(x, dim, 1)
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-def _merge_operand(x: jax.Array, dim: int | None, div: int, size: int) -> tuple[jax.Array, int]:
-    """(x, div) of a mapped call from those of one instance."""
-    if dim is None:
-        return x, div * size
-    x = jnp.moveaxis(x, dim, 1)
-    if div > 1 and x.shape[0] > 1:
-        # Entry b reads x[b // div, m]: b % div lies between the two digits and must be spelled out.
-        x = jnp.repeat(x, div, axis=0)
-    return x.reshape(x.shape[0] * size, *x.shape[2:]), 1
-
-
-def batch(
-    size: int,
-    dims: Sequence[int | None],
-    operands: Sequence[jax.Array],
-    params: dict[str, Any],
-) -> tuple[list[jax.Array], dict[str, Any]]:
-    """Operands and parameters of `size` mapped calls as one; dims are the operands' mapped axes.
-
-    The results are those of the mapped calls with `size` merged after their leading axis.
-    """
-    config, fields = params["config"], params["fields"]
-    merged, div = [], list(config.div)
-    for name, x, dim in zip(fields, operands, dims, strict=False):
-        i = FIELDS.index(name)
-        x, div[i] = _merge_operand(x, dim, div[i], size)
-        merged.append(x)
-    for x, dim in zip(operands[len(fields) :], dims[len(fields) :], strict=True):
-        merged.append(jnp.repeat(x, size, axis=0) if dim is None else _merge(x, dim))
-    config = dataclasses.replace(config, batch=config.batch * size, div=tuple(div))
-    params = params | {"config": config}
-    if "grad_batch" in params:
-        params["grad_batch"] = tuple(n * size for n in params["grad_batch"])
-    return merged, params
+# Batching: the mapped axis moves behind the batch and those mapped before. It stays an axis of its
+# own until the call is lowered, so that it may be sharded as the batch may.
 
 
 def _batching_rule(
@@ -315,12 +312,19 @@ def _batching_rule(
 ) -> tuple[list[jax.Array], list[int]]:
     del body
     size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
-    merged, merged_params = batch(size, dims, operands, params)
-    results = _bind(primitive, *merged, **merged_params)
-    leads: tuple[int, ...] = params.get("grad_batch", ())
-    leads = (params["config"].batch,) * (len(results) - len(leads)) + leads
-    results = [x.reshape(lead, size, *x.shape[1:]) for x, lead in zip(results, leads, strict=True)]
-    return results, [1] * len(results)
+    axis = 1 + len(params["sizes"])
+    mapped = [
+        jnp.expand_dims(x, axis) if dim is None else jnp.moveaxis(x, dim, axis)
+        for x, dim in zip(operands, dims, strict=True)
+    ]
+    # Operands may be shared along the axis; out, lse and their cotangents have it.
+    for i in range(len(params["fields"]), len(mapped)):
+        x = mapped[i]
+        mapped[i] = jnp.broadcast_to(x, (*x.shape[:axis], size, *x.shape[axis + 1 :]))
+    # A vmap of shard_map may spread the mapped axis over devices, which then vary in it alone.
+    mapped = vary_alike(mapped)
+    results = _bind(primitive, *mapped, **params | {"sizes": (*params["sizes"], size)})
+    return results, [axis] * len(results)
 
 
 for _primitive in (cosine_attn_fwd_p, cosine_attn_bwd_p):

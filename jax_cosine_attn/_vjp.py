@@ -44,22 +44,9 @@ def attention(
     ops: Operands, config: Config, engine: Engine = _PRIMITIVES
 ) -> tuple[jax.Array, jax.Array]:
     """(out, lse) of a call: out in q's layout and dtype, lse [B, N, T]."""
-    return _attention(_vary_alike(ops), config, engine)
-
-
-def _vary_alike(ops: Operands) -> Operands:
-    """Under shard_map, every operand varying over the mesh axes that any of them varies over.
-
-    The transpose of the cast sums the gradient of an operand that all devices share.
-    """
-    varying = {name: jax.typeof(x).manual_axis_type.varying for name, x in _arrays(ops).items()}
-    axes = frozenset().union(*varying.values())
-    return ops._replace(
-        **{
-            name: jax.lax.pcast(x, tuple(sorted(axes - varying[name], key=str)), to="varying")
-            for name, x in _arrays(ops).items()
-        }
-    )
+    arrays = _arrays(ops)
+    alike = dict(zip(arrays, _primitive.vary_alike(arrays.values()), strict=True))
+    return _attention(ops._replace(**alike), config, engine)
 
 
 def _arrays(ops: Operands) -> dict[str, Any]:

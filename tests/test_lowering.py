@@ -157,9 +157,8 @@ def test_vmap_merges_into_one_call_and_repeats_nothing(kernels):
     assert operands[:3] == ["6x5x4x8xbf16", "2x7x2x8xbf16", "2x7x2x8xbf16"]
     assert results[:2] == ["6x5x4x8xbf16", "6x4x5xf32"]
     assert "[1, 3, 3, 3, 1, 1, 1, 1, 1, 1, 1]" in call
-    assert "7x2x8" not in "".join(
-        re.findall(r"stablehlo\.(?:broadcast|gather|concatenate).*", text)
-    )
+    made = re.findall(r"stablehlo\.(?:broadcast|gather|concatenate).*-> tensor<(.*)x7x2x8x", text)
+    assert set(made) <= {"2", "2x1"}
 
 
 def test_vmap_of_grad(kernels):

@@ -178,6 +178,19 @@ def test_one_head_of_keys_is_on_every_device(implementation):
     assert_close(actual, jax.jit(f)(ops))
 
 
+@pytest.mark.usefixtures("eight_devices")
+def test_gradient_of_what_devices_hold_for_all_heads_is_gathered():
+    """Of Explicit axes: else XLA leaves it where it is."""
+
+    def gradients(ops):
+        return jax.grad(lambda ops: cosine_attention(**ops).sum())(ops)
+
+    mesh = mesh_of((2, 4), ("data", "model"), AxisType.Explicit)
+    specs = {name: SPECS[name] for name in ("query", "key", "value")}
+    _, compiled = run_sharded(gradients, inputs("scale"), mesh, specs)
+    assert collectives(compiled) == {"all-reduce": 1, "all-gather": 1}
+
+
 SEQUENCE = {
     **dict.fromkeys(("query", "key", "value", "segment_ids"), ("data", "cp")),
     **dict.fromkeys(("query_seq_lengths", "key_value_seq_lengths"), ("data",)),
@@ -257,7 +270,8 @@ LENGTHS = ("query_seq_lengths", "key_value_seq_lengths")
 def assert_keys_alone_are_gathered(compiled, batch):
     assert gathers(compiled).keys() == {"all-gather"}
     gathered = re.findall(r"= f32\[([\d,]+)\]\S* all-gather", compiled.as_text())
-    assert set(gathered) == {f"{batch},{2 * S},{K},{H}"}
+    # A mapped axis that they do not have is one of size 1.
+    assert {shape.replace(",1,", ",") for shape in gathered} == {f"{batch},{2 * S},{K},{H}"}
 
 
 @pytest.mark.parametrize(
@@ -365,6 +379,125 @@ def test_vmap_remat_and_scan(implementation, axis_type):
         assert_close(compiled(ops, scales), expected)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        pytest.param(("data", None, None, "model"), id="mapped axis"),
+        pytest.param(("data", "model"), id="mapped axis and batch"),
+        pytest.param((None, "data", None, "model"), id="batch", marks=pytest.mark.full),
+    ],
+)
+@pytest.mark.parametrize("shared", [(), ("key", "value")], ids=["", "shared keys"])
+@axis_types
+@implementations
+def test_sharded_mapped_axis(implementation, axis_type, shared, spec):
+    """Instances over devices, each a batch of its own, with what they share on all of them."""
+    ops = inputs("scale", "mask")
+    names = [name for name in ops if name not in (*shared, "scale")]
+    ops |= {name: jnp.stack([ops[name], ops[name][::-1]]) for name in names}
+    axes = {name: 0 if name in names else None for name in ops}
+    specs = {name: (*spec[:2], *((None,) * 2 if name == "mask" else spec[2:])) for name in names}
+    specs["scale"] = ("model",) if spec[-1] == "model" and len(spec) == 4 else ()
+    specs |= dict.fromkeys(shared, spec[1:])
+
+    def f(ops):
+        def attend(ops):
+            return cosine_attention(
+                **ops, scale_bound=20.0, precision="highest", implementation=implementation
+            )
+
+        def loss(grads):
+            return jnp.sin(3 * jax.vmap(attend, (axes,))(ops | grads)).sum()
+
+        return jax.value_and_grad(loss)({name: ops[name] for name in ops if name != "mask"})
+
+    expected = jax.jit(f)(ops)
+    mesh = mesh_of((2, 4), ("data", "model"), axis_type)
+    actual, compiled = run_sharded(f, ops, mesh, specs)
+    assert_close(actual, expected)
+    assert gathers(compiled) == {}
+
+
+@axis_types
+@implementations
+def test_mapped_queries_beside_an_operand_that_is_not_sharded(implementation, axis_type):
+    """The gradient of a bias with a batch is on every device, as the bias is."""
+    ops = inputs("row_bias")
+    ops["bias"] = ops.pop("row_bias")
+    ops["query"] = jnp.stack([ops["query"], 2 * ops["query"][::-1]], 1)
+
+    def f(ops):
+        def loss(ops):
+            def attend(query):
+                return cosine_attention(
+                    **ops | {"query": query}, precision="highest", implementation=implementation
+                )
+
+            return jnp.sin(3 * jax.vmap(attend, 1, 1)(ops["query"])).sum()
+
+        return jax.value_and_grad(loss)(ops)
+
+    mesh = mesh_of((2, 4), ("data", "model"), axis_type)
+    specs = dict.fromkeys(("query", "key", "value"), ("data",))
+    assert_close(run_sharded(f, ops, mesh, specs)[0], jax.jit(f)(ops))
+
+
+@axis_types
+@implementations
+def test_cotangents_alone_may_be_mapped(implementation, axis_type):
+    """A Jacobian's rows over devices: gradients stay where their cotangents are."""
+    ops = inputs()
+    ops["cotangents"] = jnp.stack([ops["query"], ops["query"][::-1]])
+
+    def f(ops):
+        def attend(query, key, value):
+            return cosine_attention(
+                query, key, value, precision="highest", implementation=implementation
+            )
+
+        return jax.vmap(jax.vjp(attend, ops["query"], ops["key"], ops["value"])[1])(
+            ops["cotangents"]
+        )
+
+    specs = dict.fromkeys(("query", "key", "value"), (None, None, "model"))
+    specs["cotangents"] = ("data", None, None, "model")
+    mesh = mesh_of((2, 4), ("data", "model"), axis_type)
+    actual, compiled = run_sharded(f, ops, mesh, specs)
+    assert_close(actual, jax.jit(f)(ops))
+    assert collectives(compiled) == {}
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, 0)], ids=["", "shared queries"])
+@implementations
+def test_vmap_of_shard_map_over_another_axis(implementation, axes):
+    """Instances over one axis of the mesh, heads over the other. Of what instances share there is
+    no gradient: JAX cannot add it up for a custom_vjp, and says so."""
+    ops = inputs()
+    args = [
+        ops[name] if axis is None else jnp.stack([ops[name], ops[name][::-1]])
+        for name, axis in zip(("query", "key", "value"), axes, strict=True)
+    ]
+    attend = functools.partial(
+        cosine_attention, is_causal=True, precision="highest", implementation=implementation
+    )
+    heads = P(None, None, "model")
+    mesh = mesh_of((2, 4), ("data", "model"))
+    local = jax.shard_map(attend, mesh=mesh, in_specs=(heads,) * 3, out_specs=heads)
+    sharded = jax.vmap(local, axes, spmd_axis_name="data")
+    whole = jax.vmap(attend, axes)
+
+    def gradients(f):
+        return jax.grad(lambda args: jnp.sin(3 * f(*args)).sum())
+
+    with jax.set_mesh(mesh):
+        assert_close(jax.jit(sharded)(*args), jax.jit(whole)(*args))
+        if None not in axes:
+            assert_close(jax.jit(gradients(sharded))(args), jax.jit(gradients(whole))(args))
+        elif mesh.size > 1:
+            with pytest.raises(ValueError, match="cotangent"):
+                gradients(sharded)(args)
+
+
 def test_mesh_need_not_be_set():
     """The devices of the inputs are enough, outside jit too."""
     ops = inputs()
@@ -372,6 +505,26 @@ def test_mesh_need_not_be_set():
     out = cosine_attention(**put(ops, mesh, SPECS))
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, P("data", None, "model")), 4)
     np.testing.assert_allclose(out, cosine_attention(**ops), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("spec", [(), ("data", None, "model")], ids=["", "constrained"])
+@implementations
+def test_mesh_is_set_and_no_argument_is_sharded(implementation, spec):
+    """As where parameters are made. Of arrays that are constrained inside, devices have parts."""
+    ops = inputs("scale")
+    f = functools.partial(value_and_grads, is_causal=True, implementation=implementation)
+
+    def constrained(ops):
+        arrays = {name: x for name, x in ops.items() if name != "scale"}
+        return f(ops | jax.lax.with_sharding_constraint(arrays, P(*spec)))
+
+    mesh = mesh_of((2, 4), ("data", "model"))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(constrained if spec else f).lower(ops).compile()
+        actual = compiled(ops)
+    assert_close(actual, jax.jit(f)(ops))
+    assert gathers(compiled) == {}
+    assert actual[0][0].sharding.is_equivalent_to(NamedSharding(mesh, P(*spec)), 4)
 
 
 def test_layout_of_the_original():
@@ -383,6 +536,24 @@ def test_layout_of_the_original():
         return flash_cosine_sim_attention(q, k, v, causal=True)
 
     actual, compiled = run_sharded(f, ops, mesh, dict.fromkeys(ops, ("data", "model")))
+    assert collectives(compiled) == {}
+    np.testing.assert_allclose(actual, f(ops), rtol=1e-5, atol=1e-6)
+
+
+def test_mapped_layout_of_the_original():
+    ops = {name: x.swapaxes(1, 2) for name, x in inputs(kv_heads=N).items()}
+    ops["query"] = jnp.stack([ops["query"], ops["query"][::-1]])
+    mesh = mesh_of((2, 4), ("data", "model"))
+
+    def f(ops):
+        def attend(q):
+            return flash_cosine_sim_attention(q, ops["key"], ops["value"], causal=True)
+
+        return jax.vmap(attend)(ops["query"])
+
+    specs = dict.fromkeys(("key", "value"), (None, "model"))
+    specs["query"] = ("data", None, "model")
+    actual, compiled = run_sharded(f, ops, mesh, specs)
     assert collectives(compiled) == {}
     np.testing.assert_allclose(actual, f(ops), rtol=1e-5, atol=1e-6)
 

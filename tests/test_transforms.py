@@ -169,8 +169,8 @@ def test_vmap_axes(implementation):
     assert_close(actual, one_by_one(f, ops, axes, out_axis=1))
 
 
-# (names mapped by the inner vmap, by the outer one). The inner one is merged first; an operand
-# that only the outer one maps then has a divisor, and a batch of its own to interleave.
+# (names mapped by the inner vmap, by the outer one). Axes lie in that order behind the batch; an
+# operand that only the outer one maps is shared along the axis between two of its own.
 NESTED = [
     (("query",), ("key", "value", "mask")),
     (("key", "value"), ("query", "scale")),
@@ -196,6 +196,37 @@ def test_nested_vmap_with_gradients(implementation, inner, outer):
     actual = jax.jit(jax.vmap(jax.vmap(f, (inner_axes,)), (outer_axes,)))(ops)
     expected = one_by_one(lambda x: one_by_one(f, x, inner_axes), ops, outer_axes)
     assert_close(actual, expected)
+
+
+@with_gradient
+def test_three_vmaps_with_gradients(implementation):
+    """Operands shared along the outer, the middle or the inner axis, or two of them. What lies
+    between two axes of scale is repeated, scale having no batch."""
+    sizes = 2, 2, 3
+    levels = {  # of the outer, the middle and the inner vmap
+        "query": (2,),
+        "key": (0,),
+        "value": (0, 2),
+        "scale": (0, 2),
+        "bias": (0, 2),
+        "relative_bias": (1, 2),
+        "mask": (0, 1, 2),
+        "key_value_seq_lengths": (1,),
+    }
+    axes = [{}, {}, {}]
+    ops = {}
+    for name, own in levels.items():
+        lead = [sizes[level] for level in own]
+        x = mapped(name, np.prod(lead))
+        ops[name] = x.reshape(*lead, *x.shape[1:])
+        for level, names in enumerate(axes):
+            names[name] = 0 if level in own else None
+    f = functools.partial(value_and_grads, implementation=implementation)
+    actual, expected = f, f
+    for names in reversed(axes):
+        actual = jax.vmap(actual, (names,))
+        expected = functools.partial(one_by_one, expected, axes=names)
+    assert_close(jax.jit(actual)(ops), expected(ops))
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
