@@ -45,22 +45,29 @@ def calls(instance: dict):
         return
     with_biases = instance["unbounded"] and instance["direction"] != "dq"
     lengths = np.array([60, 1], np.int32)
-    if instance["raw"]:
-        yield from raw_calls(head_dim, lengths)
-        return
-    # More keys than kernels take that normalise them themselves.
-    s = 1088 if (instance["family"], instance["direction"]) == ("sm90", "fwd") else 64
+    kind = {}
+    if (instance["family"], instance["direction"]) == ("sm90", "fwd"):
+        if instance["raw"]:
+            # More tiles than a GPU runs at a time; more blocks of keys than there are stages.
+            yield "many", dict(t=64, s=64, n=80, k=80, h=head_dim), {}, {}
+            yield "long", dict(t=300, s=1088, n=1, k=1, h=head_dim), {"is_causal": True}, {}
+        else:
+            if instance["arithmetic"] != "float16-bfloat16":
+                unit_rows = {"l2norm_qk": False}
+                yield "unit rows", dict(t=64, s=1088, n=1, k=1, h=head_dim), unit_rows, {}
+            kind = {"l2norm_groups": 2}  # which takes unit rows of a pre-pass
     if instance["direction"] != "dbias":
-        yield "plain", dict(t=64, s=s, n=1, k=1, h=head_dim), {}, {}
+        yield "plain", dict(t=64, s=64, n=1, k=1, h=head_dim), kind, {}
     key_mask = np.arange(131) % 3 != 1
     # Rows of a multiple of 8 elements are all that the kernels for Hopper take.
     ragged = dict(t=67, s=131, n=4, k=2, h=head_dim - (8 if instance["family"] == "sm90" else 3))
     options = {
         "is_causal": True,
-        "mask": key_mask[None, None, None],
         "query_seq_lengths": lengths,
         "key_value_seq_lengths": lengths + 70,
     }
+    if not instance["raw"]:
+        options["mask"] = key_mask[None, None, None]
     if instance["direction"] != "dbias":
         yield "ragged", ragged, options, {}
     rng = np.random.default_rng(1)
@@ -70,6 +77,7 @@ def calls(instance: dict):
             np.sort(rng.integers(0, 2, (2, x)).astype(np.int32)) for x in (67, 131)
         ),
         "local_window_size": (40, 30),
+        **kind,
     }
     biases = {}
     if with_biases:
@@ -81,19 +89,6 @@ def calls(instance: dict):
     if with_biases:
         for shape in ((131,), (67, 1), (1, 1)):
             yield f"bias {shape}", ragged, {}, {"bias": np.ones(shape, np.float16)}
-
-
-def raw_calls(head_dim: int, lengths: np.ndarray):
-    """The same without masks and segments, of more tiles than a GPU runs at a time and of few."""
-    yield "plain", dict(t=64, s=64, n=80, k=80, h=head_dim), {}, {}
-    ragged = dict(t=67, s=131, n=4, k=2, h=head_dim - 8)
-    options = {
-        "is_causal": True,
-        "query_seq_lengths": lengths,
-        "key_value_seq_lengths": lengths + 70,
-    }
-    yield "ragged", ragged, options, {}
-    yield "window", ragged, {"local_window_size": (40, 30)}, {}
 
 
 def decode_calls(head_dim: int, t: int):
@@ -132,7 +127,9 @@ def run(instance: dict) -> None:
         bound = None if instance["unbounded"] else 8.0
         if (instance["direction"], instance["arithmetic"], bound) == ("fwd", "bfloat16", 8.0):
             bound = 40.0
-        differentiable = differentiable | {"scale": np.full(size["n"], 8.0, np.float32)}
+        if bound is not None:
+            bound /= options.get("l2norm_groups", 1)
+        differentiable = differentiable | {"scale": np.full(size["n"], 4.0, np.float32)}
         deterministic = instance["direction"] in ("dq", "dbias")
 
         def attend(

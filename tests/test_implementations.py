@@ -416,9 +416,9 @@ def test_options_over_tiles(name, h, dtype):
 @pytest.mark.parametrize("h", [64, 120, 128])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
 @pytest.mark.parametrize("t, s, n, k", [(300, 1100, 4, 2), (130, 200, 50, 50)])
-def test_keys_normalised_before_and_again(name, t, s, n, k, h, dtype):
-    """The forward on Hopper has many keys normalised by a kernel before it, and few itself, here in
-    more tiles than a GPU runs at a time."""
+def test_more_blocks_than_stages_and_tiles_than_ctas(name, t, s, n, k, h, dtype):
+    """More keys than a CTA of the kernels for Hopper has stages for, and more tiles than a GPU runs
+    at a time."""
     check_options("cuda", name, dtype, Sizes(2, t, s, n, k, h))
 
 

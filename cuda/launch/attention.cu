@@ -309,22 +309,25 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
   return launch_persistent(stream, instance, params, tiles, clears || !params.k_is_raw);
 }
 
-// The forward that normalises k for every tile of queries again, where that takes less time than a pass over
-// all keys before it; null elsewhere. It depends on how many tiles see a key, by position. A single wave of
-// short tiles has the time anyhow, and is as good where there is nothing to normalise.
+// Whether the forward on Hopper can take rows as they are: one norm each or none, and neighbours, which tensor
+// copies take.
+bool takes_raw_rows(const Problem& p) { return (p.groups == 1 || !p.l2norm) && p.mask.keys == nullptr; }
+
+// The forward that takes the norms of keys for every tile of queries again, where that takes less time than a
+// pass over all keys before it; null elsewhere. It depends on how many tiles see a key, by position. A single
+// wave of short tiles has the time anyhow.
 const Instance* find_raw_instance(const ForwardCall& call) {
   constexpr int kMostKeys = 1024;
   const Problem& p = call.problem;
-  const bool one_norm = p.groups == 1 || !p.l2norm, has_data = p.mask.data || p.q_segments.data;
-  if (!one_norm || has_data || call.unbounded || p.seqlen_k > kMostKeys) return nullptr;
+  if (!p.l2norm || !takes_raw_rows(p) || p.seqlen_k > kMostKeys) return nullptr;
   const Instance* instance =
-      find_instance(Direction::kForward, call.arithmetic, false, p.head_dim, 0, true);
+      find_instance(Direction::kForward, call.arithmetic, call.unbounded, p.head_dim, 0, true);
   if (instance == nullptr) return nullptr;
   const int64_t blocks = ceil_div(p.seqlen_q, instance->block_m);
   const int half = p.seqlen_k / 2;
   const int keys = std::min(p.seqlen_k, std::min(p.left, half) + std::min(p.right, half) + instance->block_m);
   const int64_t most = p.head_dim <= 64 ? 3 : 5;
-  const bool pays = p.l2norm && blocks * (p.num_heads / p.num_heads_kv) * keys <= most * p.seqlen_k;
+  const bool pays = blocks * (p.num_heads / p.num_heads_kv) * keys <= most * p.seqlen_k;
   return pays || blocks * p.num_heads * p.batch <= multiprocessors() ? instance : nullptr;
 }
 
@@ -333,16 +336,17 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
   const Problem& p = call.problem;
   Status status = condense(stream, p);
   if (!status.ok()) return status;
-  const Instance* instance =
-      find_instance(Direction::kForward, call.arithmetic, call.unbounded, p.head_dim);
+  const Instance* const raw = find_raw_instance(call);
+  const Instance* const instance =
+      raw != nullptr ? raw
+                     : find_instance(Direction::kForward, call.arithmetic, call.unbounded, p.head_dim);
   if (instance == nullptr) return no_instance(Direction::kForward, call.arithmetic, p);
   const bool is_sm90 = instance->family == Family::kSm90;
-  const bool listed = is_sm90 && p.mask.keys != nullptr;  // tensor copies take neighbouring rows
+  const bool listed = is_sm90 && p.mask.keys != nullptr;
   const bool q_is_raw = is_sm90 && (p.groups == 1 || !p.l2norm);
-  const Instance* raw = is_sm90 ? find_raw_instance(call) : nullptr;
-  if (raw != nullptr) instance = raw;
   // Without norms k serves as it is too, unless k^ has another type.
-  const bool k_is_raw = raw != nullptr || (q_is_raw && !p.l2norm && !listed && std::is_same_v<T, THat>);
+  const bool k_is_raw =
+      raw != nullptr || (is_sm90 && !p.l2norm && takes_raw_rows(p) && std::is_same_v<T, THat>);
   if (!q_is_raw) {
     const bool folds = !is_sm90 || !std::is_same_v<THat, __nv_bfloat16>;  // sm90::FwdTile::kScaled
     status = normalize_q<T, THat>(stream, p, folds, !call.unbounded, call.q, call.q_hat, nullptr);
@@ -658,12 +662,15 @@ bool fits_bounded(Direction direction, const Call& call) {
 Status launch_forward(cudaStream_t stream, ForwardCall call) {
   if (call.splits > 0) return decode(stream, call);
   call.unbounded |= !fits_bounded(Direction::kForward, call);
-  // Rows that need no norm are read as they are, where the scale need not be folded into them.
-  if (call.arithmetic == Arithmetic::kFloat16Bfloat16 && !call.problem.l2norm && !call.problem.mask.keys) {
+  // bfloat16 rows are read as they are by the kernels that multiply logits instead, by norms or the scale.
+  if (call.arithmetic == Arithmetic::kFloat16Bfloat16 && takes_raw_rows(call.problem)) {
+    ForwardCall as_it_is = call;
+    as_it_is.arithmetic = Arithmetic::kBfloat16;
     const Instance* instance =
-        find_instance(Direction::kForward, Arithmetic::kBfloat16, false, call.problem.head_dim);
-    const bool is_sm90 = instance != nullptr && instance->family == Family::kSm90;
-    if (is_sm90) call.arithmetic = Arithmetic::kBfloat16;
+        call.problem.l2norm
+            ? find_raw_instance(as_it_is)
+            : find_instance(Direction::kForward, Arithmetic::kBfloat16, false, call.problem.head_dim);
+    if (instance != nullptr && instance->family == Family::kSm90) call = as_it_is;
   }
   return with_dtype(call.arithmetic, [&](auto t) {
     using T = decltype(t);

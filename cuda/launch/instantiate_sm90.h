@@ -27,14 +27,11 @@ Instance sm90_fwd_instance(Arithmetic arithmetic, int candidate = 0) {
           .candidate = candidate};
 }
 
-// TS: of q^ and k^, TV: of v.
+// TS: of q and k, TV: of v.
 template <class TS, class TV, bool kShifted>
 InstanceRow sm90_fwd_row(Arithmetic arithmetic) {
   using sm90::FwdShape, sm90::FwdTile;
-  return {sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted, true>>(arithmetic),
-          sm90_fwd_instance<FwdTile<TS, TV, 96, kShifted, true>>(arithmetic),
-          sm90_fwd_instance<FwdTile<TS, TV, 128, kShifted, true>>(arithmetic),
-          sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted>>(arithmetic),
+  return {sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted>>(arithmetic),
 #ifdef JAX_COSINE_ATTN_TUNE
           sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted, false, FwdShape{4, 64, 6, 2}>>(arithmetic, 1),
           sm90_fwd_instance<FwdTile<TS, TV, 64, kShifted, false, FwdShape{3, 64, 8, 2}>>(arithmetic, 2),
@@ -48,6 +45,18 @@ InstanceRow sm90_fwd_row(Arithmetic arithmetic) {
           sm90_fwd_instance<FwdTile<TS, TV, 128, kShifted, false, FwdShape{2, 64, 5, 1}>>(arithmetic, 2),
 #endif
           sm90_fwd_instance<FwdTile<TS, TV, 256, kShifted>>(arithmetic)};
+}
+
+// Those of rows of one type, raw keys first.
+template <class T, bool kShifted>
+InstanceRow sm90_fwd_rows(Arithmetic arithmetic) {
+  using sm90::FwdTile;
+  InstanceRow rows{sm90_fwd_instance<FwdTile<T, T, 64, kShifted, true>>(arithmetic),
+                   sm90_fwd_instance<FwdTile<T, T, 96, kShifted, true>>(arithmetic),
+                   sm90_fwd_instance<FwdTile<T, T, 128, kShifted, true>>(arithmetic)};
+  const InstanceRow others = sm90_fwd_row<T, T, kShifted>(arithmetic);
+  rows.insert(rows.end(), others.begin(), others.end());
+  return rows;
 }
 
 // TileOfSums: of the kernel that adds up rows for dscale too.

@@ -2,8 +2,6 @@
 
 namespace jca {
 
-InstanceRow sm90_fwd_bfloat16() {
-  return sm90_fwd_row<__nv_bfloat16, __nv_bfloat16, true>(Arithmetic::kBfloat16);
-}
+InstanceRow sm90_fwd_bfloat16() { return sm90_fwd_rows<__nv_bfloat16, true>(Arithmetic::kBfloat16); }
 
 }  // namespace jca

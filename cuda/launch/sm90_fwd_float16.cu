@@ -2,6 +2,6 @@
 
 namespace jca {
 
-InstanceRow sm90_fwd_float16() { return sm90_fwd_row<__half, __half, false>(Arithmetic::kFloat16); }
+InstanceRow sm90_fwd_float16() { return sm90_fwd_rows<__half, false>(Arithmetic::kFloat16); }
 
 }  // namespace jca

@@ -43,6 +43,16 @@ struct Mbarrier {
           : "memory");
     } while (!done);
   }
+  // Whether that phase has completed.
+  __device__ bool has_passed(unsigned parity) const {
+    uint32_t done;
+    asm volatile(
+        "{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(address()), "r"(parity)
+        : "memory");
+    return done != 0;
+  }
 };
 
 // Makes initialised barriers visible to the copies that complete on them.

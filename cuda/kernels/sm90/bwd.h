@@ -73,8 +73,6 @@ struct BwdTile {
   // Beside 128 queries there are no registers for P in float32: dS = P (dP - delta) takes P as the products
   // do, and in bfloat16, which has the range, multiplies in it.
   static constexpr bool kPackedWeights = kBlockM == 128 || kSums;
-  // dQ of a block is left to the next step, whose exps run beside it, where there are registers for it.
-  static constexpr bool kLateDq = kBlockM == 128 && !kSums;
   static constexpr bool kPackedProduct = kPackedWeights && !kSums && std::is_same_v<T, __nv_bfloat16>;
 
   using Shared = BwdShared<T, kChunks, kBlockM, kBlockN, kStages, kKeyStages>;
@@ -511,52 +509,6 @@ struct BwdKernel {
     release(shared.q_empty[at.stage]);
   }
 
-  // One block of queries in which all pairs are allowed. dQ is left to the next step or to finish_dq, and
-  // that of `last` done, with kPending. The warpgroups need not wait for one another's dS then.
-  template <bool kPending>
-  __device__ void take_late_step(Keys64& keys, int key_stage, Ring<Tile::kStages> at, int buffer,
-                                 int warpgroup, Step& last) const {
-    asm volatile("" : "+r"(key_stage));  // as in take_step
-    const KeyTile& tile = shared.keys[key_stage];
-    const Queries &q = shared.q[at.stage], &dout = shared.dout[at.stage];
-    RowSums no_sums;
-    shared.q_full[at.stage].wait(at.parity);
-    start_pairs(keys.s, tile.k, warpgroup, q);
-    if constexpr (kPending) {
-      shared.ds_full.wait(buffer ^ 1);
-      start_dq(keys, tile, buffer ^ 1, warpgroup);
-    }
-    ptx::wgmma_wait<kPending>();
-    pin(keys.s);
-    take_exp<false>(keys, no_sums, at.stage);
-    shared.dout_full[at.stage].wait(at.parity);
-    start_pairs(keys.dp, tile.v, warpgroup, dout);
-    start_sum(keys.dv, keys.weights, dout);
-    if constexpr (kPending) {
-      ptx::wgmma_wait<2>();
-      pin(keys.dq);
-      add_dq(keys, last, warpgroup);
-    }
-    ptx::wgmma_wait<1>();
-    pin(keys.dp);
-    take_ds(keys, no_sums, at.stage, buffer, warpgroup);
-    last = shared.step[at.stage];
-    start_sum(keys.dk, keys.ds, q);
-    ptx::wgmma_wait<1>();
-    release(shared.dout_empty[at.stage]);
-    ptx::wgmma_wait<0>();
-    release(shared.q_empty[at.stage]);
-  }
-
-  __device__ void finish_dq(Keys64& keys, const KeyTile& tile, int buffer, int warpgroup,
-                            const Step& last) const {
-    shared.ds_full.wait(buffer);
-    start_dq(keys, tile, buffer, warpgroup);
-    ptx::wgmma_wait<0>();
-    pin(keys.dq);
-    add_dq(keys, last, warpgroup);
-  }
-
   // Keys below it are given dk and dv here; of others that no list holds, zeros have been written.
   __device__ int end_of_gradients(const Visible& visible) const {
     return params.listed && !k_is_raw(visible) ? visible.seqlen_k : p.seqlen_k;
@@ -699,22 +651,9 @@ struct BwdKernel {
       for (int i = work.counts.partial; i > 0; --i, at.advance(), buffer ^= 1) {
         take_step<true>(keys, work, at_keys.stage, at, buffer, warpgroup);
       }
-      int full = work.counts.full;
-      if constexpr (Tile::kLateDq) {
-        Step last;
-        if (full > 0) {
-          take_late_step<false>(keys, at_keys.stage, at, buffer, warpgroup, last);
 #pragma unroll 1
-          for (--full; at.advance(), buffer ^= 1, full > 0; --full) {
-            take_late_step<true>(keys, at_keys.stage, at, buffer, warpgroup, last);
-          }
-          finish_dq(keys, tile, buffer ^ 1, warpgroup, last);
-        }
-      } else {
-#pragma unroll 1
-        for (; full > 0; --full, at.advance(), buffer ^= 1) {
-          take_step<false>(keys, work, at_keys.stage, at, buffer, warpgroup);
-        }
+      for (int i = work.counts.full; i > 0; --i, at.advance(), buffer ^= 1) {
+        take_step<false>(keys, work, at_keys.stage, at, buffer, warpgroup);
       }
       pin(keys.dk);
       pin(keys.dv);

@@ -1,18 +1,20 @@
 // Forward on Hopper (sm_90a: wgmma, TMA, mbarriers), 16-bit inputs and bounded logits.
 //
 // P = exp(S - c) with a constant c, so O and the row sums are plain sums over blocks of keys in any order.
-// In the first warpgroup one warp plans a tile ahead, one has q, k^ and v brought into rings of tiles, and
-// one has out stored; the others own 64 rows of the query tile each. Where q and k come raw, one or two
-// warpgroups more make unit rows of them between their arrival and their use. CTAs are persistent and take
-// tiles from a counter. First come the blocks in which some pair is forbidden, then the others. exp(S) of
-// one block runs beside P v of the block before; no branch stands between the start of products and the
-// wait for them (ptxas would serialise wgmma that are in flight across one, note C7514).
+// In the first warpgroup one warp plans a tile ahead, one has q, k and v brought into rings of tiles, and
+// one has out stored; the others own 64 rows of the query tile each. CTAs are persistent and take tiles from
+// a counter. First come the blocks in which some pair is forbidden, then the others. exp(S) of one block
+// runs beside P v of the block before; no branch but waits for what products read stands between their start
+// and the wait for them (ptxas would serialise wgmma that are in flight across one, note C7514).
+//
+// q comes a tile ahead, raw where it has one norm a row, and a warp scales it in place; that of the first tile
+// the consumers scale themselves, and where there is no place for the next one's, that of every tile. k is k^, or comes raw too: then logits are multiplied by the inverse norms
+// of keys, which a warpgroup more takes beside the products.
 #pragma once
 
 #include "kernels/lse.h"
 #include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
-#include "kernels/sm90/norm.h"
 #include "kernels/sm90/pipeline.h"
 #include "ptx/grid.h"
 
@@ -23,37 +25,42 @@ struct FwdShape {
   int consumers, block_n, stages, query_stages;
 };
 
-// Those that ship; benchmarks/tune.py times those of launch/instantiate_sm90.h beside them.
+// Those that ship; benchmarks/tune.py times those of launch/instantiate_sm90.h beside them. Beside a
+// warpgroup that takes norms there are no registers for four of consumers.
 constexpr FwdShape fwd_shape(int head_dim, bool raw) {
   if (head_dim <= 64) return {raw ? 2 : 4, 64, 8, 2};
-  if (head_dim > 128) return {2, 64, 2, 1};
-  return raw ? FwdShape{2, 64, 4, 2} : FwdShape{2, 128, 2, 2};
+  return head_dim <= 128 ? FwdShape{2, 128, 2, 2} : FwdShape{2, 64, 2, 1};
 }
 
-// TS: element type of q^ and k^; TV: of v, P and out. kShifted: c is not 0. kRaw: q and k come raw, and
-// warpgroups more make q^ and k^ of them; without masks and segments.
+// TS: element type of q and k as they are multiplied; TV: of v, P and out. kShifted: c may not be 0. kRaw: k
+// comes raw, with one norm a row.
 template <class TS_, class TV_, int kHeadDim_, bool kShifted_, bool kRaw_ = false,
           FwdShape kShape = fwd_shape(kHeadDim_, kRaw_)>
 struct FwdTile {
+  static_assert(!kRaw_ || std::is_same_v<TS_, TV_>);
   using TS = TS_;
   using TV = TV_;
   static constexpr bool kUnbounded = false, kSmall = false, kShifted = kShifted_, kRaw = kRaw_;
-  // Logits take the head's scale after the product: bfloat16 has too few digits to round q^ again with it.
+  // Logits take the head's scale and the norm of q after the product: bfloat16 has too few digits to round q
+  // again with them.
   static constexpr bool kScaled = std::is_same_v<TS, __nv_bfloat16>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kShape.consumers;
-  static constexpr int kNormalizers = !kRaw ? 0 : kHeadDim_ <= 64 ? 2 : 1;  // warpgroups too
+  // Warps that take norms of keys. Queries have the same ones, or else the one that has nothing else to do.
+  static constexpr int kNormWarps = kRaw ? 4 : 0;
+  static constexpr int kQueryWarps = kNormWarps > 0 ? kNormWarps : 1;
   static constexpr int kBlockM = 64 * kConsumers, kBlockN = kShape.block_n;
   static constexpr int kStages = kShape.stages, kQueryStages = kShape.query_stages;
+  static constexpr bool kQueriesAhead = kQueryStages > 1;
   static constexpr int kChunks = (kHeadDim + 63) / 64;  // columns come in chunks of 128 bytes, the swizzle's
-  static constexpr int kThreads = 128 * (1 + kConsumers + kNormalizers);
+  static constexpr int kThreads = 128 * (1 + kConsumers) + 32 * kNormWarps;
   // Of 64 K registers, granted evenly at launch.
-  static constexpr int kProducerRegisters = kConsumers == 2 && kNormalizers < 2 ? 40 : 32;
+  static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters =
-      kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kNormalizers == 2 ? 152 : kRaw ? 168 : 232;
-  static constexpr int kNormalizerRegisters = kNormalizers == 2 ? 72 : 136;
+      kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kNormWarps > 0 ? 208 : 232;
+  static constexpr int kNormRegisters = 56;
 
-  static constexpr int kPlans = 2;
+  static constexpr int kPlans = 3;  // two tiles ahead, whose q comes a tile ahead
 
   // A tile of queries and the blocks of keys that it needs.
   struct Plan {
@@ -61,7 +68,7 @@ struct FwdTile {
     int b, head, head_kv;
     int q_entry, k_entry, v_entry;  // in their batches
     const CUtensorMap* v_map;
-    float fold;                     // of q^, or of logits with kScaled
+    float fold;                     // the head's scale and log2 e, of q^, or of logits with kScaled
     BlockCounts counts;
     int first, last;               // both are among [first, last), and the full ones
     int full_first, full_last;     // among [full_first, full_last): all of these, unless
@@ -73,8 +80,13 @@ struct FwdTile {
     TS q[kQueryStages][kConsumers][kChunks][64][64];  // out goes the same way
     TS k[kStages][kChunks][kBlockN][64];
     TV v[kStages][kChunks][kBlockN][64];
+    // What logits of a key are multiplied by, with kRaw, and those of a row, with kScaled. The former have
+    // twice the stages of k, which consumers give up before they read them.
+    alignas(16) float k_factor[2][kStages][kBlockN];
+    float q_factor[kQueryStages][kBlockM];
+    ptx::Mbarrier q_raw[kQueryStages];  // full, but of rows that are not scaled yet
     ptx::Mbarrier q_full[kQueryStages], q_empty[kQueryStages], out_full[kQueryStages];
-    ptx::Mbarrier q_raw[kQueryStages], k_raw[kStages];  // full of raw rows; with kRaw
+    ptx::Mbarrier norms_full[kStages];
     ptx::Mbarrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     ptx::Mbarrier plan_full[kPlans], plan_empty[kPlans];
     Plan plan[kPlans];
@@ -170,7 +182,7 @@ struct FwdKernel {
         plan.fold = scale * kLog2e;
       }
       __syncwarp();
-      if (!Tile::kRaw && plan.by_data) {
+      if (plan.by_data) {
         BlockCounts counts;
         counts.add(plan.first, plan.last, [&](int block) { return kind_of(plan, block); });
         __syncwarp();
@@ -199,22 +211,22 @@ struct FwdKernel {
     PlanRing at;
     QueryRing at_q;
     KeyRing at_k, at_v;
-    // q of the next plan, if there is one.
-    const auto load_q = [&] {
-      const Plan& plan = shared.plan[at.stage];
-      ptx::Mbarrier& q_full = (Tile::kRaw ? shared.q_raw : shared.q_full)[at_q.stage];
-      shared.plan_full[at.stage].wait(at.parity);
+    // q of a plan, if there is one.
+    const auto load_q = [&](const PlanRing& of) {
+      const Plan& plan = shared.plan[of.stage];
+      ptx::Mbarrier& q_raw = shared.q_raw[at_q.stage];
+      shared.plan_full[of.stage].wait(of.parity);
       shared.q_empty[at_q.stage].wait(at_q.parity ^ 1);
       if (plan.m_block < 0) {
-        if (leader) q_full.arrive();
+        if (leader) q_raw.arrive();
         return;
       }
       if (!params.q_is_raw) ptx::wait_for_prerequisite_grids();
       if (leader) {
-        q_full.arrive_and_expect(sizeof(shared.q[0]));
+        q_raw.arrive_and_expect(sizeof(shared.q[0]));
         for (int w = 0; w < Tile::kConsumers; ++w) {
           for (int c = 0; c < Tile::kChunks; ++c) {
-            ptx::tensor_load(shared.q[at_q.stage][w][c], params.q_map, q_full, 64 * c,
+            ptx::tensor_load(shared.q[at_q.stage][w][c], params.q_map, q_raw, 64 * c,
                              plan.m_block * kBlockM + 64 * w, plan.head, plan.q_entry);
           }
         }
@@ -222,11 +234,12 @@ struct FwdKernel {
       __syncwarp();
       at_q.advance();
     };
-    load_q();
+    load_q(at);
     if (!params.k_is_raw) ptx::wait_for_prerequisite_grids();
     while (shared.plan[at.stage].m_block >= 0) {
-      const int stage = at.stage;
-      const Plan& plan = shared.plan[stage];
+      const Plan& plan = shared.plan[at.stage];
+      PlanRing next = at;
+      next.advance();
       const auto load_v = [&](int block) {
         shared.v_empty[at_v.stage].wait(at_v.parity ^ 1);
         if (leader) {
@@ -242,11 +255,14 @@ struct FwdKernel {
       };
       // v is needed one block after k, and waits for its stage no earlier.
       int previous = -1;
+      // q of the next tile comes as soon as it has a plan and a place, that of the tile before; but with one
+      // stage its place is that of this one's.
+      bool has_q = !Tile::kQueriesAhead;
       const auto load_block = [&](int block) {
         shared.k_empty[at_k.stage].wait(at_k.parity ^ 1);
         if (leader) {
           shared.block[at_k.stage] = block;
-          ptx::Mbarrier& k_full = (Tile::kRaw ? shared.k_raw : shared.k_full)[at_k.stage];
+          ptx::Mbarrier& k_full = shared.k_full[at_k.stage];
           k_full.arrive_and_expect(sizeof(shared.k[0]));
           for (int c = 0; c < Tile::kChunks; ++c) {
             ptx::tensor_load(shared.k[at_k.stage][c], params.k_map, k_full, 64 * c, block * kBlockN,
@@ -257,8 +273,14 @@ struct FwdKernel {
         at_k.advance();
         if (previous >= 0) load_v(previous);
         previous = block;
+        if (!has_q) {
+          const bool ready = shared.plan_full[next.stage].has_passed(next.parity) &&
+                             shared.q_empty[at_q.stage].has_passed(at_q.parity ^ 1);
+          has_q = __all_sync(0xffffffff, ready);
+          if (has_q) load_q(next);
+        }
       };
-      if (!Tile::kRaw && plan.by_data) {
+      if (plan.by_data) {
         for (const bool all : {false, true}) {
           if (plan.counts.of(all) == 0) continue;
           for_each_block(shared.window, plan.first, plan.last, all,
@@ -274,12 +296,11 @@ struct FwdKernel {
           for (int block = range.x; block < range.y; ++block) load_block(block);
         }
       }
-      at.advance();
-      // q of the next tile, which the last v would hold up; but its place may be that of this one's.
-      if (Tile::kQueryStages > 1) load_q();
+      if (!has_q) load_q(next);
       if (previous >= 0) load_v(previous);
-      if (Tile::kQueryStages == 1) load_q();
-      release(shared.plan_empty[stage]);
+      if (!Tile::kQueriesAhead) load_q(next);
+      release(shared.plan_empty[at.stage]);
+      at = next;
     }
   }
 
@@ -308,35 +329,121 @@ struct FwdKernel {
     ptx::store_wait();
   }
 
-  // ---- The warpgroups that make q^ and k^ of raw rows, in place. Two take turns.
+  // What logits of a block of keys are multiplied by, with kRaw: in columns 8 n + 2 (lane % 4) and the next,
+  // n ascending. A load brings those of two n, and some are ahead: beside products they take long.
+  struct KeyFactors {
+    static constexpr int kAhead = 4;
+    float4 ahead[kAhead];
+    uint32_t from;
 
-  __device__ void normalize(TS (&tile)[Tile::kChunks][64][64], float fold) const {
-    normalize_tile<TV, 128, 64>(tile, 0, fold, p.l2norm, threadIdx.x % 128, [](int, float) {});
+    __device__ static int place(int key) { return key / 16 * 16 + key % 8 / 2 * 4 + key / 8 % 2 * 2 + key % 2; }
+    __device__ void load(int i) {
+      float4& x = ahead[i % kAhead];
+      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                   : "r"(from + i * 64));
+    }
+    __device__ void start(const float (&factors)[kBlockN]) {
+      from = ptx::smem_address(factors) + threadIdx.x % 4 * 16;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) load(i);
+    }
+    __device__ float2 of(int n) {
+      const float4 x = ahead[n / 2 % kAhead];
+      if (n % 2 == 0) return {x.x, x.y};
+      if (n / 2 + kAhead < kN / 2) load(n / 2 + kAhead);
+      return {x.z, x.w};
+    }
+  };
+
+  // ---- The warps that scale queries and take norms of keys, a row a lane.
+
+  // f(8 elements) over a row of a swizzled tile, in an order in which no two lanes want the same bank.
+  template <class Tiles, class F>
+  __device__ static void for_eights(Tiles& tile, int row, F f) {
+#pragma unroll
+    for (int c = 0; c < Tile::kChunks; ++c) {
+#pragma unroll 4
+      for (int i = 0; i < 8; ++i) f(reinterpret_cast<uint4*>(tile[c][row])[i ^ row % 8]);
+    }
   }
 
-  __device__ void normalize_tiles(int number) {
-    constexpr int kTurns = Tile::kNormalizers;
-    static_assert(Tile::kStages % kTurns == 0 && Tile::kConsumers % kTurns == 0);
+  // 1 / max(|row|, kMinNorm) of a row of TV, as it came.
+  template <int kRows>
+  __device__ static float inverse_norm(TS (&tile)[Tile::kChunks][kRows][64], int row) {
+    const auto sum_squares = [&](float scale) {
+      float sums[2] = {0.f, 0.f};
+      for_eights(tile, row, [&](const uint4& eight) {
+#pragma unroll
+        for (const uint32_t pair : {eight.x, eight.y, eight.z, eight.w}) {
+          const float2 x = sm80::Half16<TV>::unpack(pair);
+          sums[0] = fmaf(x.x * scale, x.x * scale, sums[0]);
+          sums[1] = fmaf(x.y * scale, x.y * scale, sums[1]);
+        }
+      });
+      return sums[0] + sums[1];
+    };
+    float inverse = rsqrtf(sum_squares(1.f));
+    if constexpr (std::is_same_v<TV, __nv_bfloat16>) {
+      constexpr float kSmall = 0x1p-64f;
+      if (!(inverse > 1e-15f)) inverse = rsqrtf(sum_squares(kSmall)) * kSmall;  // the squares overflow
+    }
+    return fminf(inverse, 1.f / kMinNorm);
+  }
+
+  // A raw row of q becomes that of q^ with the fold; or, with kScaled, an exact multiple of itself, so short
+  // that products with any k are finite.
+  __device__ void scale_query(int q_stage, int row, float fold) const {
+    if constexpr (Tile::kScaled) shared.q_factor[q_stage][row] = fold;
+    if (!params.q_is_raw || (Tile::kScaled && !p.l2norm)) return;
+    auto& tile = shared.q[q_stage][row / 64];
+    const float inverse = p.l2norm ? inverse_norm(tile, row % 64) : 1.f;
+    float scale = inverse * fold;
+    if constexpr (Tile::kScaled) {
+      const float power = __int_as_float(__float_as_int(inverse) & 0x7f800000);  // of 2, <= inverse
+      scale = fmaxf(power, 0x1p-118f) * 0x1p-8f;
+      shared.q_factor[q_stage][row] = inverse / scale * fold;
+    }
+    for_eights(tile, row % 64, [&](uint4& eight) {
+      const auto scaled = [&](uint32_t pair) {
+        const float2 x = sm80::Half16<TV>::unpack(pair);
+        return sm80::Half16<TS>::pack(x.x * scale, x.y * scale);
+      };
+      eight = {scaled(eight.x), scaled(eight.y), scaled(eight.z), scaled(eight.w)};
+    });
+  }
+
+  __device__ void prepare_rows(int thread) {
     PlanRing at_plan;
-    KeyRing at_k;
+    KeyRing at;
+    bool first = true;
     for (QueryRing at_q;; at_q.advance(), at_plan.advance()) {
       shared.q_raw[at_q.stage].wait(at_q.parity);
       const Plan& plan = shared.plan[at_plan.stage];
       const bool done = plan.m_block < 0;
       const int blocks = plan.counts.partial + plan.counts.full;
-      if (!done) {
-        for (int w = number; w < Tile::kConsumers; w += kTurns) {
-          normalize(shared.q[at_q.stage][w], Tile::kScaled ? 1.f : plan.fold);
+      if (Tile::kQueriesAhead && !done && !first) {
+#pragma unroll 1
+        for (int row = thread; row < kBlockM; row += 32 * Tile::kQueryWarps) {
+          scale_query(at_q.stage, row, plan.fold);
         }
+        ptx::fence_async_shared();
       }
       release(shared.q_full[at_q.stage]);
       if (done) break;
+      first = false;
+      if constexpr (Tile::kNormWarps > 0) {
 #pragma unroll 1
-      for (int i = 0; i < blocks; ++i, at_k.advance()) {
-        if (at_k.stage % kTurns != number) continue;
-        shared.k_raw[at_k.stage].wait(at_k.parity);
-        normalize(shared.k[at_k.stage], 1.f);
-        release(shared.k_full[at_k.stage]);
+        for (int i = 0; i < blocks; ++i, at.advance()) {
+          shared.k_full[at.stage].wait(at.parity);
+#pragma unroll 1
+          for (int key = thread; key < kBlockN; key += 32 * Tile::kNormWarps) {
+            shared.k_factor[at.parity][at.stage][KeyFactors::place(key)] =
+                inverse_norm(shared.k[at.stage], key);
+          }
+          release(shared.norms_full[at.stage]);
+          shared.k_empty[at.stage].arrive_if(threadIdx.x % 32 == 0);
+        }
       }
     }
   }
@@ -348,76 +455,8 @@ struct FwdKernel {
     float sums[4];  // of rows lane / 4 and lane / 4 + 8, two chains each
     float s[1][kN][4];
     uint32_t weights[kN / 2][4];
-    float fold;  // of s, with kScaled
+    float fold[2];  // of s, with kScaled: in rows lane / 4 and lane / 4 + 8
   };
-
-  // Raw rows of q become q^: unit rows times the head's scale, log2 e with it, but not with kScaled. As
-  // normalize_rows does it, for one group.
-  __device__ void normalize_q(int q_stage, int warpgroup, const Plan& plan) const {
-    const int lane = threadIdx.x % 32, row = int(threadIdx.x) / 32 % 4 * 16 + lane % 16;
-    const auto address = [&](int i) {  // of the 16 columns from 16 i on, for ldmatrix
-      return ptx::smem_address(shared.q[q_stage][warpgroup][i / 4][row] +
-                               ((i % 4 * 2 + lane / 16) ^ (row % 8)) * 8);
-    };
-    // f(pair of elements, half) of all pairs in rows lane / 4 (half 0) and lane / 4 + 8 (half 1).
-    const auto for_pairs = [&](auto f) {
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 16; ++i) {
-        uint32_t x[4];
-        ptx::ldmatrix_x4(x, address(i));
-#pragma unroll
-        for (int e = 0; e < 4; ++e) f(sm80::Half16<TV>::unpack(x[e]), e % 2);
-      }
-    };
-    const auto over_row = [](float x, auto f) {
-      x = f(x, __shfl_xor_sync(0xffffffff, x, 1));
-      return f(x, __shfl_xor_sync(0xffffffff, x, 2));
-    };
-    const auto add = [](float x, float y) { return x + y; };
-    const auto greater = [](float x, float y) { return fmaxf(x, y); };
-
-    const float fold = Tile::kScaled ? 1.f : plan.fold;
-    float factor[2] = {fold, fold};
-    if (p.l2norm) {
-      float squares[2], scale[2] = {1.f, 1.f};
-      const auto sum_squares = [&] {
-        squares[0] = squares[1] = 0.f;
-        for_pairs([&](float2 pair, int half) {
-          const float x = pair.x * scale[half], y = pair.y * scale[half];
-          squares[half] += x * x + y * y;
-        });
-        for (int half = 0; half < 2; ++half) squares[half] = over_row(squares[half], add);
-      };
-      sum_squares();
-      const bool safe = squares_are_safe(squares[0]) && squares_are_safe(squares[1]);
-      if (__any_sync(0xffffffff, !safe)) {
-        float largest[2] = {0.f, 0.f};
-        for_pairs([&](float2 pair, int half) {
-          largest[half] = fmaxf(largest[half], fmaxf(fabsf(pair.x), fabsf(pair.y)));
-        });
-        for (int half = 0; half < 2; ++half) scale[half] = exact_scale(over_row(largest[half], greater));
-        sum_squares();
-      }
-      for (int half = 0; half < 2; ++half) {
-        const float norm = sqrtf(squares[half]);
-        const bool live = norm >= kMinNorm * scale[half];
-        factor[half] = live ? fold / norm * scale[half] : fold / kMinNorm;
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kHeadDim / 16; ++i) {
-      uint32_t x[4];
-      ptx::ldmatrix_x4(x, address(i));
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float2 pair = sm80::Half16<TV>::unpack(x[e]);
-        x[e] = sm80::Half16<TS>::pack(pair.x * factor[e % 2], pair.y * factor[e % 2]);
-      }
-      ptx::stmatrix_x4(address(i), x[0], x[1], x[2], x[3]);
-    }
-    ptx::fence_async_shared();
-    ptx::named_barrier(kWarpgroupBarrier + warpgroup, 128);
-  }
 
   __device__ void start_qk(Rows64& rows, int q_stage, int warpgroup, int stage) const {
     const uint64_t q = ptx::matrix_descriptor(ptx::smem_address(shared.q[q_stage][warpgroup]), 1024, 16);
@@ -447,23 +486,23 @@ struct FwdKernel {
     ptx::wgmma_commit();
   }
 
-  // An exponent of 2.
-  __device__ float exponent(const Rows64& rows, float s) const {
+  // s in columns 8 n + 2 (lane % 4) and the next become exponents of 2.
+  __device__ void take_exponents(Rows64& rows, int n, KeyFactors& factors) const {
     const float shift = Tile::kShifted ? params.shift_log2 : 0.f;
-    return Tile::kScaled ? fmaf(s, rows.fold, -shift) : s - shift;
-  }
-  __device__ void take_exponents(Rows64& rows) const {
+    float2 of_key = {1.f, 1.f};
+    if constexpr (Tile::kRaw) of_key = factors.of(n);
 #pragma unroll
-    for (int n = 0; n < kN; ++n) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) rows.s[0][n][e] = exponent(rows, rows.s[0][n][e]);
+    for (int e = 0; e < 4; ++e) {
+      float& s = rows.s[0][n][e];
+      if constexpr (Tile::kRaw) s *= e % 2 == 0 ? of_key.x : of_key.y;
+      s = Tile::kScaled ? fmaf(s, rows.fold[e / 2], -shift) : s - shift;
     }
   }
 
   // s, or exponents with kReady, become weights; adds up the rows. A sum follows its exp at a distance, the
   // latency of MUFU.
   template <bool kReady>
-  __device__ void take_exp(Rows64& rows) const {
+  __device__ void take_exp(Rows64& rows, KeyFactors& factors) const {
     constexpr int kDistance = 4;
     const auto add = [&](int n) {
 #pragma unroll
@@ -473,12 +512,9 @@ struct FwdKernel {
     };
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
+      if constexpr (!kReady) take_exponents(rows, n, factors);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        float& s = rows.s[0][n][e];
-        if constexpr (!kReady) s = exponent(rows, s);
-        asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(s));
-      }
+      for (int e = 0; e < 4; ++e) asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(rows.s[0][n][e]));
       if (n >= kDistance) add(n - kDistance);
     }
 #pragma unroll
@@ -570,6 +606,7 @@ struct FwdKernel {
     KeyRing at;       // the block whose weights are next
     KeyRing pending;  // that of the weights at hand, whose v is next
     Rows64 rows;
+    bool first = true;
     // Of several tiles: what one warpgroup does beside nothing, between two of them, runs beside products of
     // the other if they start apart.
     if (Tile::kRaw && tiles(p) > int(gridDim.x)) {
@@ -580,9 +617,20 @@ struct FwdKernel {
       const Plan& plan = shared.plan[at_plan.stage];
       if (plan.m_block < 0) break;
       const int m0 = plan.m_block * kBlockM + warpgroup * 64;  // of this warpgroup
-      const bool as_it_is = Tile::kScaled && !p.l2norm;
-      if (!Tile::kRaw && params.q_is_raw && !as_it_is) normalize_q(at_q.stage, warpgroup, plan);
-      if constexpr (Tile::kScaled) rows.fold = plan.fold;
+      if (first) {
+        const int thread = threadIdx.x % 128;
+        if (thread < 64) scale_query(at_q.stage, 64 * warpgroup + thread, plan.fold);
+        ptx::fence_async_shared();
+        ptx::named_barrier(kWarpgroupBarrier + warpgroup, 128);
+        first = !Tile::kQueriesAhead;
+      }
+      if constexpr (Tile::kScaled) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = int(threadIdx.x - 128) / 32 * 16 + int(threadIdx.x) % 32 / 4 + 8 * half;
+          rows.fold[half] = shared.q_factor[at_q.stage][row];
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kNV; ++n) {
 #pragma unroll
@@ -601,15 +649,19 @@ struct FwdKernel {
         fragment = FragmentAt(m0 + int(threadIdx.x) / 32 % 4 * 16, first_key());
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
-          if constexpr (Tile::kRaw) {
-            words[w][0][0] = words[w][0][1] = ~0u;
-          } else {
-            find_allowed<kN>(words[w], p, plan.visible, plan.head, fragment, w * kBlocksPerWord<kN>);
-          }
+          find_allowed<kN>(words[w], p, plan.visible, plan.head, fragment, w * kBlocksPerWord<kN>);
+        }
+      };
+      KeyFactors factors;
+      const auto load_factors = [&] {
+        if constexpr (Tile::kRaw) {
+          shared.norms_full[at.stage].wait(at.parity);
+          factors.start(shared.k_factor[at.parity][at.stage]);
         }
       };
       const auto hide_words = [&] {
-        take_exponents(rows);  // before -inf, which a negative scale would turn
+#pragma unroll
+        for (int n = 0; n < kN; ++n) take_exponents(rows, n, factors);  // a negative scale would turn -inf
 #pragma unroll
         for (int w = 0; w < kWords; ++w) {
           hide(rows.s, words[w], ranges, fragment, w * kBlocksPerWord<kN>);
@@ -637,11 +689,12 @@ struct FwdKernel {
         shared.k_full[at.stage].wait(at.parity);
         if constexpr (kHide) find_words();
         start_qk(rows, at_q.stage, warpgroup, at.stage);
+        load_factors();
         ptx::wgmma_wait<0>();
         pin(rows.s[0]);
         took_k();
         if constexpr (kHide) hide_words();
-        take_exp<kHide>(rows);
+        take_exp<kHide>(rows, factors);
         make_weights(is_partial);
       };
       // The product of the last weights with v, and the weights of the next block.
@@ -651,12 +704,13 @@ struct FwdKernel {
         if constexpr (kHide) find_words();
         start_qk(rows, at_q.stage, warpgroup, at.stage);
         shared.v_full[pending.stage].wait(pending.parity);
+        load_factors();
         start_pv(rows, pending.stage);
         ptx::wgmma_wait<1>();
         pin(rows.s[0]);
         took_k();
         if constexpr (kHide) hide_words();
-        take_exp<kHide>(rows);
+        take_exp<kHide>(rows, factors);
         keep_above(rows);
         took_v();
         make_weights(is_partial);
@@ -737,10 +791,9 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
          {&params.q_map, &params.k_map, &params.v_map, &params.raw_v_map, &params.out_map}) {
       ptx::prefetch_tensor_map(*map);
     }
-    constexpr int kFillers = Tile::kRaw ? 4 : 1;  // of k: warps that normalise, or the one that loads
     for (int i = 0; i < Tile::kQueryStages; ++i) {
       shared.q_raw[i].init(1);
-      shared.q_full[i].init(kFillers * (Tile::kNormalizers > 1 ? Tile::kNormalizers : 1));
+      shared.q_full[i].init(Tile::kQueryWarps);
       shared.q_empty[i].init(1);
       shared.out_full[i].init(4 * Tile::kConsumers);
     }
@@ -749,10 +802,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       shared.plan_empty[i].init(2);  // the warps that load and store
     }
     for (int i = 0; i < Tile::kStages; ++i) {
-      shared.k_raw[i].init(1);
-      shared.k_full[i].init(kFillers);
+      shared.k_full[i].init(1);
+      shared.norms_full[i].init(Tile::kQueryWarps);  // or the one that loads them
       shared.v_full[i].init(1);
-      shared.k_empty[i].init(4 * Tile::kConsumers);
+      shared.k_empty[i].init(4 * Tile::kConsumers + Tile::kNormWarps);
       shared.v_empty[i].init(4 * Tile::kConsumers);
     }
     ptx::fence_mbarrier_init();
@@ -765,9 +818,10 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (warp == 0) kernel.load();
     if (warp == 1) kernel.make_plans();
     if (warp == 2) kernel.store();
-  } else if (Tile::kRaw && warpgroup > Tile::kConsumers) {
-    ptx::more_registers<Tile::kNormalizerRegisters>();
-    if constexpr (Tile::kRaw) kernel.normalize_tiles(warpgroup - Tile::kConsumers - 1);
+    if (warp == 3 && Tile::kNormWarps == 0) kernel.prepare_rows(threadIdx.x % 32);
+  } else if (warpgroup > Tile::kConsumers) {
+    ptx::fewer_registers<Tile::kNormRegisters>();
+    if constexpr (Tile::kNormWarps > 0) kernel.prepare_rows(threadIdx.x % 128);
   } else {
     ptx::more_registers<Tile::kConsumerRegisters>();
     kernel.consume(warpgroup - 1);
