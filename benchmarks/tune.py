@@ -27,12 +27,21 @@ from timing import Timing, launch_as_graphs, measure
 import jax_cosine_attn
 
 TOKENS, WIDTH = 16_384, 2048
+# dtype of q, k and v, and the scale that selects an arithmetic of the launch table.
+ARITHMETIC = {
+    "float16": ("float16", SCALE),
+    "float16-bfloat16": ("bfloat16", SCALE),
+    "bfloat16": ("bfloat16", 40.0),
+}
+# Up to so many keys the forward may take their norms itself, in tiles that have no candidates:
+# find_raw_instance in cuda/launch/attention.cu.
+RAW_KEYS = 1024
 TOLERANCE = 2e-2  # of the largest result: several roundings to bfloat16
 
 
 class Key(NamedTuple):
     direction: str
-    arithmetic: str  # as in the launch table: here the dtype of q, k and v
+    arithmetic: str
     head_dim: int
 
 
@@ -42,16 +51,22 @@ class Case(NamedTuple):
 
 
 def candidates(instances: Sequence[Mapping[str, Any]], smem_bytes: int) -> dict[Key, list[dict]]:
-    """Rows of the launch table of the kernels for Hopper that fit and take raw q and k, as every
-    backward does, the shipped one first; keys with no other are left out."""
+    """Rows of the launch table of the kernels for Hopper that fit, the shipped one first; keys with
+    no other are left out."""
     found: dict[Key, list[dict]] = {}
     for row in instances:
-        if row["family"] == "sm90" and (row["direction"] == "bwd" or row["raw"]):
+        if row["family"] == "sm90" and row["direction"] in ("fwd", "bwd") and not row["raw"]:
             key = Key(row["direction"], row["arithmetic"], row["head_dim"])
             if row["candidate"] == 0 or row["smem_bytes"] <= smem_bytes:
                 found.setdefault(key, []).append(dict(row))
     ordered = {key: sorted(rows, key=lambda r: r["candidate"]) for key, rows in found.items()}
     return {key: rows for key, rows in ordered.items() if len(rows) > 1}
+
+
+def cases_of(direction: str, seq_lens: Sequence[int]) -> list[Case]:
+    """Full and causal, of those lengths at which calls take the tiles that are tried."""
+    lengths = [t for t in seq_lens if direction == "bwd" or t > RAW_KEYS]
+    return [Case(t, is_causal) for t in lengths for is_causal in (False, True)]
 
 
 def described(row: Mapping[str, Any]) -> str:
@@ -67,11 +82,12 @@ def calls_of(
     tokens: int = TOKENS,
 ) -> dict[str, Callable[[], Any]]:
     """A compiled and warm call for each candidate, by its number."""
+    dtype, scale = ARITHMETIC[key.arithmetic]
     n = max(WIDTH // key.head_dim, 1)
     shape = Shape(max(tokens // case.seq_len, 1), case.seq_len, n, n, key.head_dim)
     size = (shape.batch, shape.seq_len, shape.num_heads, shape.head_dim)
     inputs = [
-        jax.random.normal(seed, size, jnp.dtype(key.arithmetic))
+        jax.random.normal(seed, size, jnp.dtype(dtype))
         for seed in jax.random.split(jax.random.key(0), 4)
     ]
 
@@ -83,7 +99,7 @@ def calls_of(
     for number in numbers:
         select(number)
         attend = functools.partial(
-            jax_cosine_attn.cosine_attention, scale=SCALE, is_causal=case.is_causal
+            jax_cosine_attn.cosine_attention, scale=scale, is_causal=case.is_causal
         )
         # A function of its own for each, so that no graph serves two of them.
         call = prepare(lambda *x, attend=attend: attend(*x), key.direction, inputs)
@@ -181,9 +197,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             "this build has the shipped tiles alone: install with JAX_COSINE_ATTN_TUNE=ON"
         )
     rows = []
-    cases = [Case(t, is_causal) for t in arguments.seq_lens for is_causal in (False, True)]
     for key, of_key in found.items():
-        if key.direction not in arguments.directions:
+        cases = cases_of(key.direction, arguments.seq_lens)
+        if key.direction not in arguments.directions or not cases:
             continue
         if arguments.head_dims and key.head_dim not in arguments.head_dims:
             continue

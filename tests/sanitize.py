@@ -47,15 +47,21 @@ def calls(instance: dict):
     lengths = np.array([60, 1], np.int32)
     kind = {}
     if (instance["family"], instance["direction"]) == ("sm90", "fwd"):
+        # Several tiles for each CTA; more blocks of keys than there are stages.
+        many, long = (
+            dict(t=64, s=64, n=240, k=240, h=head_dim),
+            dict(t=300, s=1024, n=1, k=1, h=head_dim),
+        )
         if instance["raw"]:
-            # More tiles than a GPU runs at a time; more blocks of keys than there are stages.
-            yield "many", dict(t=64, s=64, n=80, k=80, h=head_dim), {}, {}
-            yield "long", dict(t=300, s=1088, n=1, k=1, h=head_dim), {"is_causal": True}, {}
+            yield "many", many, {}, {}
+            yield "long", long, {"is_causal": True}, {}
         else:
+            # Lists of keys and two norms a row each take k^ of a pass before, and the former raw q.
+            yield "many", many, {"mask": np.ones((1, 1, 1, many["s"]), bool)}, {}
+            yield "long", long, {"mask": np.ones((1, 1, 1, long["s"]), bool)}, {}
             if instance["arithmetic"] != "float16-bfloat16":
-                unit_rows = {"l2norm_qk": False}
-                yield "unit rows", dict(t=64, s=1088, n=1, k=1, h=head_dim), unit_rows, {}
-            kind = {"l2norm_groups": 2}  # which takes unit rows of a pre-pass
+                yield "unit rows", long, {"l2norm_qk": False}, {}
+            kind = {"l2norm_groups": 2}
     if instance["direction"] != "dbias":
         yield "plain", dict(t=64, s=64, n=1, k=1, h=head_dim), kind, {}
     key_mask = np.arange(131) % 3 != 1

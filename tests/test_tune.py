@@ -9,7 +9,7 @@ from timing import Timing
 from tune import Case, Key
 
 FWD = {
-    "family": "sm90", "direction": "fwd", "arithmetic": "float16", "raw": True, "head_dim": 64,
+    "family": "sm90", "direction": "fwd", "arithmetic": "float16", "raw": False, "head_dim": 64,
 }  # fmt: skip
 
 
@@ -19,19 +19,24 @@ def row(candidate, smem_bytes=1000, **changes):
 
 
 def test_candidates_beside_the_shipped_tile():
-    """The shipped one comes first; left out are portable kernels, those that take unit rows, and
-    keys without another tile."""
+    """The shipped one comes first; left out are portable kernels, those that normalise q and k
+    themselves, and keys without another tile."""
     table = [
-        row(0, raw=False), row(1, raw=False), row(2), row(0), row(1, smem_bytes=3000),
+        row(0, raw=True), row(2), row(0), row(1, smem_bytes=3000),
         row(0, head_dim=128), row(1, head_dim=128, smem_bytes=3000),
         row(0, family="sm80"), row(1, family="sm80"),
-        row(0, direction="bwd", raw=False), row(1, direction="bwd", raw=False),
+        row(0, direction="bwd"), row(1, direction="bwd"),
     ]  # fmt: skip
     found = tune.candidates(table, smem_bytes=2000)
     assert {key: [x["candidate"] for x in rows] for key, rows in found.items()} == {
         Key("fwd", "float16", 64): [0, 2],
         Key("bwd", "float16", 64): [0, 1],
     }
+
+
+def test_forward_cases_are_those_that_take_the_tiles():
+    assert tune.cases_of("fwd", (512, 2048)) == [Case(2048, False), Case(2048, True)]
+    assert [case.seq_len for case in tune.cases_of("bwd", (512, 2048))] == [512, 512, 2048, 2048]
 
 
 def test_best_has_the_least_geometric_mean():
@@ -67,7 +72,7 @@ def test_every_call_selects_its_candidate(direction, monkeypatch):
     """Whatever implementation runs here, the hook is told before a call, and put back after all are
     compiled."""
     selected, seen = [], []
-    key, rows = Key(direction, "bfloat16", 64), [row(0), row(1, block_n=128)]
+    key, rows = Key(direction, "float16-bfloat16", 64), [row(0), row(1, block_n=128)]
 
     def timed(calls, num_times):
         seen.append(selected[-1])

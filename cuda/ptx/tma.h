@@ -60,7 +60,7 @@ __device__ inline void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
 
-// Orders this thread's shared-memory writes before what copies and wgmma read ("fence.proxy").
+// Orders this thread's accesses to shared memory before those of copies and wgmma ("fence.proxy").
 __device__ inline void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }

@@ -639,8 +639,8 @@ struct BwdKernel {
       }
       if (k_is_raw(work.visible) && p.l2norm) {
         // Its own 64 keys: the others may still be at the last tile's.
-        normalize_tile<T, 128, 64>(
-            tile.k, 64 * warpgroup, 1.f, true, threadIdx.x % 128,
+        normalize_tile<128, 64>(
+            tile.k, 64 * warpgroup, threadIdx.x % 128,
             [&](int row, float inverse_norm) { shared.k_inverse_norm[row] = inverse_norm; });
         ptx::named_barrier(kWarpgroupBarrier + warpgroup, 128);
       }

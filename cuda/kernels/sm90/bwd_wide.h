@@ -330,8 +330,8 @@ struct WideBwdKernel : BwdKernel<Tile> {
         for (int e = 0; e < 4; ++e) sums.x[n][e] = 0.f;
       }
       if (this->k_is_raw(work.visible) && p.l2norm) {
-        normalize_tile<T, kConsumerThreads, kBlockN>(
-            shared.keys[0].k, 0, 1.f, true, threadIdx.x - 128,
+        normalize_tile<kConsumerThreads, kBlockN>(
+            shared.keys[0].k, 0, threadIdx.x - 128,
             [&](int row, float inverse_norm) { shared.k_inverse_norm[row] = inverse_norm; });
         ptx::named_barrier(kConsumersBarrier, kConsumerThreads);
       }

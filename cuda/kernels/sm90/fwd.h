@@ -8,8 +8,9 @@
 // and the wait for them (ptxas would serialise wgmma that are in flight across one, note C7514).
 //
 // q comes a tile ahead, raw where it has one norm a row, and a warp scales it in place; that of the first tile
-// the consumers scale themselves, and where there is no place for the next one's, that of every tile. k is k^, or comes raw too: then logits are multiplied by the inverse norms
-// of keys, which a warpgroup more takes beside the products.
+// the consumers scale themselves, and where there is no place for the next one's, that of every tile. k is k^,
+// or comes raw too: then logits are multiplied by the inverse norms of keys, which a warpgroup more takes beside
+// the products.
 #pragma once
 
 #include "kernels/lse.h"
@@ -385,7 +386,7 @@ struct FwdKernel {
     };
     float inverse = rsqrtf(sum_squares(1.f));
     if constexpr (std::is_same_v<TV, __nv_bfloat16>) {
-      constexpr float kSmall = 0x1p-64f;
+      constexpr float kSmall = 0x1p-80f;
       if (!(inverse > 1e-15f)) inverse = rsqrtf(sum_squares(kSmall)) * kSmall;  // the squares overflow
     }
     return fminf(inverse, 1.f / kMinNorm);
@@ -401,7 +402,7 @@ struct FwdKernel {
     float scale = inverse * fold;
     if constexpr (Tile::kScaled) {
       const float power = __int_as_float(__float_as_int(inverse) & 0x7f800000);  // of 2, <= inverse
-      scale = fmaxf(power, 0x1p-118f) * 0x1p-8f;
+      scale = fmaxf(power, 0x1p-133f) * 0x1p-8f;
       shared.q_factor[q_stage][row] = inverse / scale * fold;
     }
     for_eights(tile, row % 64, [&](uint4& eight) {
@@ -441,6 +442,7 @@ struct FwdKernel {
             shared.k_factor[at.parity][at.stage][KeyFactors::place(key)] =
                 inverse_norm(shared.k[at.stage], key);
           }
+          ptx::fence_async_shared();  // k has been read, and may be refilled
           release(shared.norms_full[at.stage]);
           shared.k_empty[at.stage].arrive_if(threadIdx.x % 32 == 0);
         }
@@ -539,6 +541,7 @@ struct FwdKernel {
     for (int i = threadIdx.x - 128; i < int(sizeof(shared.v[0]) / 16); i += kConsumerThreads) {
       found |= sm90::has_nonfinite<TV>(chunks[i]);
     }
+    ptx::fence_async_shared();  // v has been read, and may be refilled
     return ptx::named_barrier_or(kConsumersBarrier, kConsumerThreads, found);
   }
 
@@ -803,7 +806,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     for (int i = 0; i < Tile::kStages; ++i) {
       shared.k_full[i].init(1);
-      shared.norms_full[i].init(Tile::kQueryWarps);  // or the one that loads them
+      shared.norms_full[i].init(Tile::kQueryWarps);  // unused without warps that take norms
       shared.v_full[i].init(1);
       shared.k_empty[i].init(4 * Tile::kConsumers + Tile::kNormWarps);
       shared.v_empty[i].init(4 * Tile::kConsumers);

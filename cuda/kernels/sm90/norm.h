@@ -13,13 +13,11 @@ struct ChunkLanes : RowLanes<8> {
   static constexpr int kElems = 8 * kChunks;
 };
 
-// Rows of T, as raw ones come, become unit rows of THat times fold, or without l2norm the rows themselves
-// times fold; as normalize_rows does it, for one group. kThreads of which this is number `thread` share out
+// Raw rows become unit rows, as normalize_rows does it, for one group. kThreads of which this is number `thread` share out
 // kCount rows from `first` on; lanes hold columns in whichever order the swizzle has them, and all of a
 // thread's rows are in flight together. keep(row, inverse norm) is told of each, by the first of its lanes.
-template <class T, int kThreads, int kCount, class THat, int kChunks, int kRows, class Keep>
-__device__ inline void normalize_tile(THat (&tile)[kChunks][kRows][64], int first, float fold, bool l2norm,
-                                      int thread, Keep keep) {
+template <int kThreads, int kCount, class T, int kChunks, int kRows, class Keep>
+__device__ inline void normalize_tile(T (&tile)[kChunks][kRows][64], int first, int thread, Keep keep) {
   using Lanes = ChunkLanes<kChunks>;
   constexpr int kRowsApart = kThreads / 8, kEach = kCount / kRowsApart;
   float x[kEach][Lanes::kElems], inverse_norms[kEach];
@@ -42,21 +40,13 @@ __device__ inline void normalize_tile(THat (&tile)[kChunks][kRows][64], int firs
       *to++ = both.y;
     }
   });
-  if (l2norm) {
-    normalize_slices<T, float, Lanes>(x, fold, inverse_norms, [](int) { return true; });
+  normalize_slices<T, float, Lanes>(x, 1.f, inverse_norms, [](int) { return true; });
 #pragma unroll
-    for (int each = 0; each < kEach; ++each) {
-      if (thread % 8 == 0) keep(row_of(each), inverse_norms[each]);
-    }
-  } else {
-#pragma unroll
-    for (int each = 0; each < kEach; ++each) {
-#pragma unroll
-      for (float& element : x[each]) element *= fold;
-    }
+  for (int each = 0; each < kEach; ++each) {
+    if (thread % 8 == 0) keep(row_of(each), inverse_norms[each]);
   }
   for_eights([](uint4& eight, const float* from) {
-    const auto pack = [&](int e) { return sm80::Half16<THat>::pack(from[e], from[e + 1]); };
+    const auto pack = [&](int e) { return sm80::Half16<T>::pack(from[e], from[e + 1]); };
     eight = {pack(0), pack(2), pack(4), pack(6)};
   });
   ptx::fence_async_shared();
