@@ -326,7 +326,7 @@ const Instance* find_raw_instance(const ForwardCall& call) {
   const int64_t blocks = ceil_div(p.seqlen_q, instance->block_m);
   const int half = p.seqlen_k / 2;
   const int keys = std::min(p.seqlen_k, std::min(p.left, half) + std::min(p.right, half) + instance->block_m);
-  const int64_t most = p.head_dim <= 64 ? 3 : 5;
+  const int64_t most = p.head_dim <= 64 ? 0 : 5;
   const bool pays = blocks * (p.num_heads / p.num_heads_kv) * keys <= most * p.seqlen_k;
   return pays || blocks * p.num_heads * p.batch <= multiprocessors() ? instance : nullptr;
 }
