@@ -749,6 +749,7 @@ struct FwdKernel {
         } else if (of_block.any) {
           step(kFull);
         } else {
+          ptx::named_barrier(kWarpgroupBarrier + warpgroup, 128);  // all lanes know which block it was
           took_k();
           shared.v_full[at.stage].wait(at.parity);
           release(shared.v_empty[at.stage]);
