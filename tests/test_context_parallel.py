@@ -258,6 +258,57 @@ def test_ring_moves_keys_forward_and_gradients_too_backward(is_causal):
     assert collectives(gradient.lower(ops).compile()) == {"collective-permute": 4 + 2 + 6}
 
 
+def jaxprs_of(eqn):
+    for value in eqn.params.values():
+        for x in value if isinstance(value, tuple | list) else [value]:
+            jaxpr = getattr(x, "jaxpr", x)
+            if hasattr(jaxpr, "eqns"):
+                yield jaxpr
+
+
+def holds(eqn, name):
+    return eqn.primitive.name.startswith(name) or any(
+        holds(inner, name) for jaxpr in jaxprs_of(eqn) for inner in jaxpr.eqns
+    )
+
+
+def loops_with_hops(jaxpr):
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan" and holds(eqn, "ppermute"):
+            yield from jaxprs_of(eqn)
+        else:
+            for inner in jaxprs_of(eqn):
+                yield from loops_with_hops(inner)
+
+
+def waits_for(jaxpr, later, earlier):
+    """Whether an equation that holds `later` reads what one that holds `earlier` has led to."""
+    led_to = set()
+    for eqn in jaxpr.eqns:
+        reads = not led_to.isdisjoint(x for x in eqn.invars if not hasattr(x, "val"))
+        if reads and holds(eqn, later):
+            return True
+        if reads or holds(eqn, earlier):
+            led_to.update(eqn.outvars)
+    return False
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
+@pytest.mark.usefixtures("eight_devices")
+def test_hops_of_a_step_stand_beside_its_attention(is_causal):
+    """Neither waits for the other, so that what moves is on its way during the products."""
+    f = functools.partial(
+        ring_cosine_attention, axis_name="cp", mesh=mesh_of((8,), ("cp",)), is_causal=is_causal
+    )
+    gradient = jax.make_jaxpr(jax.grad(lambda ops: f(**ops).sum()))(inputs())
+    steps = list(loops_with_hops(gradient.jaxpr))
+    assert len(steps) == 2  # forward and backward
+    for step in steps:
+        assert any(holds(eqn, "cosine_attn") for eqn in step.eqns)
+        assert not waits_for(step, "ppermute", "cosine_attn")
+        assert not waits_for(step, "cosine_attn", "ppermute")
+
+
 @pytest.mark.parametrize("is_causal", [False, True], ids=["", "causal"])
 @pytest.mark.parametrize("attend", [ring_cosine_attention, kv_sharded_cosine_attention])
 def test_backward_repeats_no_forward(attend, is_causal):
