@@ -345,11 +345,11 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_results(path: Path | None, commit: str | None, content: dict[str, Any]) -> None:
-    """JSON of content and where it comes from; without a commit git's, without a path nothing."""
+    """JSON of content and where it comes from; without a commit git's, without a path nothing. For
+    each row again: a run that is cut leaves what it has."""
     if path is None:
         return
     write_json(path, provenance(commit or git_commit()) | content)
-    print(f"written to {path}")
 
 
 def kept_rows(path: Path | None, source: dict[str, Any]) -> dict[Key, list[Row]]:
@@ -362,6 +362,7 @@ def kept_rows(path: Path | None, source: dict[str, Any]) -> dict[Key, list[Row]]
     return {key: list(rows) for key, rows in itertools.groupby(content["rows"], verdicts.key)}
 
 
+@functools.cache  # results that are written may be part of the tree
 def git_commit() -> str:
     command = ("git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     try:

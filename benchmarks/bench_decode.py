@@ -151,13 +151,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         peers = [name for name in available_peers() if name in ("xla", "cudnn")]
     copied = jnp.ones(arguments.copy_mib * 2**19, jnp.bfloat16)
     rows = []
+    of_all = {"num_heads": NUM_HEADS, "num_heads_kv": NUM_HEADS_KV, "head_dim": HEAD_DIM}
     print(f"{'B':>4}{'S':>8} {'':<17}{'kernels':<12}{'ms':>10}{'GB/s':>9}{'/copy':>9}  clock")
     for batch, seq_len in itertools.product(arguments.batches, arguments.seq_lens):
         shape = Shape(batch, seq_len, NUM_HEADS, NUM_HEADS_KV, HEAD_DIM)
         rows.append(run(shape, peers, arguments.num_times, copied))
         print_row(rows[-1])
-    of_all = {"num_heads": NUM_HEADS, "num_heads_kv": NUM_HEADS_KV, "head_dim": HEAD_DIM}
-    write_results(arguments.json, arguments.commit, of_all | {"rows": rows})
+        write_results(arguments.json, arguments.commit, of_all | {"rows": rows})
 
 
 if __name__ == "__main__":

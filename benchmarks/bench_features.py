@@ -154,6 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--commit", default=None, help="recorded in the JSON; default: git's")
     arguments = parser.parse_args(argv)
     rows = []
+    of_all = {"num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
     print(f"{'':<30}{'':<5}{'ms':>9}{'against':>9}{'ratio':>8}{'at most':>9}  family")
     for comparison in comparisons(arguments.tokens):
         for direction in ("fwd", "bwd"):
@@ -169,8 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"{', missed' if missed else ''}",
                 flush=True,
             )
-    of_all = {"num_heads": NUM_HEADS, "head_dim": HEAD_DIM}
-    write_results(arguments.json, arguments.commit, of_all | {"rows": rows})
+            write_results(arguments.json, arguments.commit, of_all | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -135,6 +135,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     most = int(math.log2(len(jax.devices())))
     counts = options.devices or [2**i for i in range(most + 1)]
     rows: list[dict[str, Any]] = []
+    heads = dict(zip(("num_heads", "num_heads_kv", "head_dim"), options.heads, strict=True))
     alone: dict[tuple[str, int], float] = {}  # ms, times devices unless the work grows with them
     print(f"{'':<8}{'S':>9}{'devices':>9}{'ms':>11}{'efficiency':>12}{'MB sent':>10}  collectives")
     for devices in counts:
@@ -165,8 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 f"  {collectives or 'none'}",
                 flush=True,
             )
-    heads = dict(zip(("num_heads", "num_heads_kv", "head_dim"), options.heads, strict=True))
-    write_results(options.json, options.commit, heads | {"rows": rows})
+            write_results(options.json, options.commit, heads | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -211,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"  {row['tiles'][name]:<24}{ratio:>7.3f}{mark}", flush=True)
         for name in row["wrong"]:
             print(f"  {row['tiles'][name]:<24}  wrong results", flush=True)
-    write_results(arguments.json, arguments.commit, {"rows": rows})
+        write_results(arguments.json, arguments.commit, {"rows": rows})
 
 
 if __name__ == "__main__":

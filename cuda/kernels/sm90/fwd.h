@@ -1,7 +1,7 @@
 // Forward on Hopper (sm_90a: wgmma, TMA, mbarriers), 16-bit inputs and bounded logits.
 //
 // P = exp(S - c) with a constant c, so O and the row sums are plain sums over blocks of keys in any order.
-// In the first warpgroup one warp plans a tile ahead, one has q, k and v brought into rings of tiles, and
+// In the first warpgroup one warp plans tiles ahead, one has q, k and v brought into rings of tiles, and
 // one has out stored; the others own 64 rows of the query tile each. CTAs are persistent and take tiles from
 // a counter. First come the blocks in which some pair is forbidden, then the others. exp(S) of one block
 // runs beside P v of the block before; no branch but waits for what products read stands between their start
