@@ -130,11 +130,10 @@ Status normalize_q(cudaStream_t stream, const Problem& problem, bool folds, bool
                                      .l2norm = problem.l2norm});
 }
 
-// k^ of all keys, or of the listed ones; with skips_prefix not where they are a prefix.
+// k^ of all keys, or of the listed ones.
 template <typename T, typename THat>
 Status normalize_k(cudaStream_t stream, const Problem& problem, const Rows& k, const Rows& k_hat,
-                   float* k_inverse_norm, bool listed = false, bool skips_prefix = false,
-                   int* zero = nullptr) {
+                   float* k_inverse_norm, bool listed = false, int* zero = nullptr) {
   Rows own_hat = k_hat;
   own_hat.batch.div = 1;
   return normalize<T, THat>(stream, {.problem = problem,
@@ -353,7 +352,7 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
     if (!status.ok()) return status;
   }
   if (!k_is_raw) {
-    status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, false, call.next_tile);
+    status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, call.next_tile);
     if (!status.ok()) return status;
   }
   Rows v = call.v;
@@ -541,7 +540,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   if (!status.ok()) return status;
   const bool takes_raw_k = is_sm90 && (p.groups == 1 || !p.l2norm);
   if (listed || !takes_raw_k) {
-    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed, takes_raw_k);
+    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed);
     if (!status.ok()) return status;
   }
 
@@ -612,8 +611,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
     params.dbias = params.drelative_bias = {};
   }
   if (is_sm90) {
-    status = launch_backward_sm90(stream, *instance, params, takes_raw_k, call.v,
-                                  call.next_tile);
+    status = launch_backward_sm90(stream, *instance, params, takes_raw_k, call.v, call.next_tile);
   } else {
     status = launch_instance(stream, Direction::kBackward, call.arithmetic, call.unbounded, params,
                              [&](const Instance& instance) {
