@@ -44,6 +44,7 @@ py::list instances() {
     row["unbounded"] = instance.unbounded;
     row["small"] = instance.small;
     row["raw"] = instance.raw;
+    row["makes_keys"] = instance.makes_keys;
     row["head_dim"] = instance.head_dim;
     row["block_m"] = instance.block_m;
     row["block_n"] = instance.block_n;

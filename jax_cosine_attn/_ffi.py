@@ -37,7 +37,9 @@ _CTAS = 264  # fill a GPU: two on each of the 132 SMs of an H100
 # that splits are whole numbers of (kMinSplitKeys and kShareKeys there).
 _DECODE_QUERIES, _PACKED_ROWS = 16, 64
 _SHORTEST_SPLIT, _SHARE_KEYS = 128, 64
-_NEXT_TILE = jax.ShapeDtypeStruct((1,), jnp.int32)  # scratch: the counter of a persistent kernel
+# Counters of the forward's persistent kernel: kCounters and kCountedKeys in cuda/kernels/params.h.
+_COUNTERS, _COUNTED_KEYS = 2, 64
+_NEXT_TILE = jax.ShapeDtypeStruct((1,), jnp.int32)  # scratch: that of the backward's
 # Operands with a gradient beside q, k and v, in the handler's order.
 _OPTIONS = ("scale", "bias", "relative_bias")
 
@@ -276,13 +278,16 @@ def cuda_fwd(ops: Operands, config: Config) -> tuple[jax.Array, jax.Array, jax.A
     partials: tuple[int, ...] = (0,)
     if splits > 1:
         partials = (config.batch, n, t, splits, h + 4)  # out's sums, and l
+    pre_pass = _pre_pass(ops, config, hat, decode=splits > 0)
+    k_entries, k, keys, _ = pre_pass[1].shape
+    counted = k_entries * k * -(-keys // _COUNTED_KEYS)
     rows = jax.ShapeDtypeStruct((config.batch, n, t), jnp.float32)
     results = [
         jax.ShapeDtypeStruct((config.batch, *ops.q.shape[1:]), dtype),
         rows,
         rows,
-        *_pre_pass(ops, config, hat, decode=splits > 0),
-        _NEXT_TILE,
+        *pre_pass,
+        jax.ShapeDtypeStruct((_COUNTERS + counted,), jnp.int32),
         jax.ShapeDtypeStruct(partials, jnp.float32),
     ]
     out, lse, lse_low, *_ = _call(

@@ -348,19 +348,22 @@ def test_decode(name, sizes, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("s", [300, 5000])
+@pytest.mark.parametrize(
+    "t, s, h", [(2, 300, 64), (2, 5000, 64), (130, 200, 64), (130, 200, 128), (300, 1100, 128)]
+)
 @pytest.mark.parametrize(
     "dtype, magnitude",
     [(BF16, 1e30), (BF16, 1e-4), (BF16, 1.0), (F16, 1e3), (F16, 1e-4)],
     ids=lambda x: f"{x:g}" if isinstance(x, float) else str(x),
 )
-def test_decode_takes_the_norms_of_all_keys(s, dtype, magnitude):
-    """Zero keys, keys of norm below 1e-6, and in bfloat16 keys whose squares overflow."""
+def test_kernels_take_the_norms_of_all_keys(t, s, h, dtype, magnitude):
+    """Zero keys, keys of norm below 1e-6, and in bfloat16 keys whose squares overflow; in decode,
+    in the forward for Hopper on raw keys, and in the one that makes unit keys itself."""
 
     def inputs(seed: int) -> dict[str, np.ndarray]:
-        made = make_inputs(dtype, b=1, t=2, s=s, n=4, k=1, h=64, magnitude=magnitude, seed=seed)
+        made = make_inputs(dtype, b=1, t=t, s=s, n=4, k=1, h=h, magnitude=magnitude, seed=seed)
         made["key"][:, 7:9] = 0
-        made["key"][:, 11] = 1e-7
+        made["key"][:, 11] = np.where(np.arange(h) < 32, 1e-7, 0)
         if dtype == BF16:
             huge = made["key"][:, 3::50].astype(np.float64) / magnitude * 1e36
             made["key"][:, 3::50] = huge.astype(dtype)

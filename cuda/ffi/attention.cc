@@ -339,7 +339,7 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                    ffi::AnyBuffer q_segments, ffi::AnyBuffer kv_segments, Result out, Result lse,
                    Result lse_low, Result q_hat, Result k_hat, Result v_padded, Result mask_cells,
                    Result mask_bits, Result mask_keys, Result q_ranges, Result kv_ranges,
-                   Result next_tile, Result partials, bool heads_first, bool l2norm_qk,
+                   Result counters, Result partials, bool heads_first, bool l2norm_qk,
                    int32_t groups, int32_t left, int32_t right, bool three_passes, bool unbounded,
                    float shift, int32_t splits,
                    ffi::Span<const int64_t> div) {
@@ -377,7 +377,8 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
   check.shape("k_hat", *k_hat, hat, {copies.k_entries, kv, decode ? 0 : p.seqlen_k, hp});
   check.shape("v_padded", *v_padded, in.dtype,
               {copies.v_entries, kv, copies.of_v ? p.seqlen_k : 0, hp});
-  check.shape("next_tile", *next_tile, ffi::S32, {1});
+  const int64_t counted = decode ? 0 : copies.k_entries * kv * ceil_div(p.seqlen_k, kCountedKeys);
+  check.shape("counters", *counters, ffi::S32, {kCounters + counted});
   if (!check.ok()) return check.error();
 
   return to_error(launch_forward(stream, {.problem = p,
@@ -395,7 +396,7 @@ ffi::Error forward(cudaStream_t stream, ffi::AnyBuffer q, ffi::AnyBuffer k, ffi:
                                           .lse = lse->typed_data<float>(),
                                           .lse_low = lse_low->typed_data<float>(),
                                           .unbounded = unbounded,
-                                          .next_tile = next_tile->typed_data<int32_t>(),
+                                          .counters = counters->typed_data<int32_t>(),
                                           .splits = splits,
                                           .partials = partials->typed_data<float>()}));
 }
@@ -571,7 +572,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(jax_cosine_attn_fwd, forward,
                                   .Ret<AnyBuffer>()  // mask_keys
                                   .Ret<AnyBuffer>()  // q_ranges
                                   .Ret<AnyBuffer>()  // kv_ranges
-                                  .Ret<AnyBuffer>()  // next_tile
+                                  .Ret<AnyBuffer>()  // counters
                                   .Ret<AnyBuffer>()  // partials
                                   .Attr<bool>("heads_first")
                                   .Attr<bool>("l2norm_qk")

@@ -181,6 +181,18 @@ struct FwdParams {
   float shift, shift_log2;  // c of P = exp(S - c), and times log2 e; unused with a running maximum
 };
 
+// Division by a number that the host knows, of x < 2^31: by a multiplication (Granlund and Montgomery 1994).
+struct Divisor {
+  unsigned divisor = 1, factor = 1, shift = 0;
+
+  Divisor() = default;
+  __host__ explicit Divisor(unsigned d) : divisor(d) {
+    while (shift < 31 && (1u << shift) < d) ++shift;
+    factor = static_cast<unsigned>((uint64_t{1} << (31 + shift)) / d + 1);
+  }
+  __device__ unsigned operator()(unsigned x) const { return uint64_t{x} * factor >> (31 + shift); }
+};
+
 // The same for the kernel that reads and writes through tensor maps: (H, L, heads, batch) of q or q^, of k^,
 // v and out, in boxes of 64 columns by 64 rows of queries or a block of keys.
 struct FwdTmaParams {
@@ -194,7 +206,20 @@ struct FwdTmaParams {
   float shift, shift_log2;
   int section;     // neighbouring (batch, head) whose tiles are taken together
   int* next_tile;  // counts those taken beyond the first of each CTA; zeroed
+  // CTAs make k^ of raw k themselves, each a part for all: in boxes of kUnitKeys keys of one head, last keys
+  // first, those of a section of heads together. made: how many of a block's are there, [entries of k^, K,
+  // blocks]; null where k^ is there already. Both counters zeroed.
+  CUtensorMap raw_k_map, unit_k_map;  // of such boxes
+  int key_heads;                      // entries times K
+  Divisor key_section, section_boxes, heads_kv;
+  int boxes;       // of all sections, the last of which may have fewer heads than it has boxes for
+  int* next_box;   // counts those taken beyond the first two of each CTA
+  int* made;
 };
+constexpr int kUnitKeys = 32;
+
+// Scratch of the forward on Hopper: the two counters, and one of at least so many keys of each head.
+constexpr int kCounters = 2, kCountedKeys = 64;
 
 constexpr int kMinSplitKeys = 128;  // fewer are not worth a CTA of their own
 

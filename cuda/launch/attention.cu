@@ -130,10 +130,10 @@ Status normalize_q(cudaStream_t stream, const Problem& problem, bool folds, bool
                                      .l2norm = problem.l2norm});
 }
 
-// k^ of all keys, or of the listed ones.
+// k^ of all keys, or of the listed ones; skips_prefix: nobody reads it where these are a prefix.
 template <typename T, typename THat>
 Status normalize_k(cudaStream_t stream, const Problem& problem, const Rows& k, const Rows& k_hat,
-                   float* k_inverse_norm, bool listed = false, int* zero = nullptr) {
+                   float* k_inverse_norm, bool listed, bool skips_prefix, int* zero = nullptr) {
   Rows own_hat = k_hat;
   own_hat.batch.div = 1;
   return normalize<T, THat>(stream, {.problem = problem,
@@ -147,6 +147,7 @@ Status normalize_k(cudaStream_t stream, const Problem& problem, const Rows& k, c
                                      .inverse_norm = k_inverse_norm,
                                      .l2norm = problem.l2norm,
                                      .listed = listed,
+                                     .skips_prefix = skips_prefix,
                                      .zero = zero});
 }
 
@@ -258,18 +259,22 @@ Status launch_persistent(cudaStream_t stream, const Instance& instance, const Pa
 }
 
 // Of a kernel that has no other before it.
-__global__ void clear_counter(int* next_tile) {
+__global__ void __launch_bounds__(kRowThreads) clear_counters(int* counters, int64_t count) {
   ptx::launch_dependent_grids();
-  *next_tile = 0;
+  const int64_t threads = int64_t(gridDim.x) * kRowThreads;
+  for (int64_t i = int64_t(blockIdx.x) * kRowThreads + threadIdx.x; i < count; i += threads) counters[i] = 0;
 }
 
 // Whether rows see different keys by position, so that some tiles take longer than others.
 bool has_window(const Problem& p) { return p.left < kUnlimited || p.right < kUnlimited; }
 
-// The forward on Hopper; q, k, raw or q^, k^, and v as the kernel reads them.
+// The forward on Hopper; q, k, raw or q^, k^, and v as the kernel reads them. own_keys: it makes k^ itself, before.
 Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const ForwardCall& call,
-                           const Rows& q, const Rows& k, const Rows& v) {
+                           const Rows& q, const Rows& k, const Rows& v, bool own_keys) {
   const Problem& p = call.problem;
+  const int64_t blocks = ceil_div(p.seqlen_q, instance.block_m);
+  const int64_t tiles = blocks * p.num_heads * p.batch;
+  if (tiles == 0) return {};
   const FloatType wide =
       call.arithmetic == Arithmetic::kFloat16 ? FloatType::kFloat16 : FloatType::kBfloat16;
   const FloatType hat =
@@ -287,34 +292,60 @@ Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const 
                       .shift = call.shift,
                       .shift_log2 = call.shift * kLog2e,
                       .section = 1,
-                      .next_tile = call.next_tile};
+                      .next_tile = call.counters,
+                      .key_heads = static_cast<int>(call.k_hat.batch.size) * p.num_heads_kv,
+                      .heads_kv = Divisor(p.num_heads_kv),
+                      .next_box = call.counters + 1,
+                      .made = own_keys ? call.counters + kCounters : nullptr};
   Status status = make_tensor_maps(
       {{&params.q_map, "q", q, params.q_is_raw ? wide : hat, p.seqlen_q, p.num_heads, 64},
        {&params.k_map, "k", k, params.k_is_raw ? wide : hat, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.v_map, "v", v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
        {&params.raw_v_map, "v", call.v, wide, p.seqlen_k, p.num_heads_kv, instance.block_n},
+       {&params.raw_k_map, "k", call.k, wide, p.seqlen_k, p.num_heads_kv, kUnitKeys},
+       {&params.unit_k_map, "k^", call.k_hat, hat, p.seqlen_k, p.num_heads_kv, kUnitKeys},
        {&params.out_map, "out", call.out, wide, p.seqlen_q, p.num_heads, 64}},
       p.head_dim);
   if (!status.ok()) return status;
   // Heads taken together balance the tail, at the price of more keys in use at a time.
   if (has_window(p)) params.section = p.head_dim <= 64 ? 32 : 16;
-  const int64_t tiles = ceil_div(p.seqlen_q, instance.block_m) * p.num_heads * p.batch;
-  const bool clears = params.k_is_raw && tiles > multiprocessors();
-  if (clears) {
-    clear_counter<<<1, 1, 0, stream>>>(call.next_tile);
-    status = status_of(cudaGetLastError(), "clear_counter");
+  int64_t counters = params.k_is_raw && tiles > multiprocessors() ? 1 : 0;  // a pass before clears others
+  if (own_keys) {
+    // Keys of the heads that the first tiles are of come first.
+    const int64_t heads = std::max<int64_t>(params.section, ceil_div(multiprocessors(), blocks));
+    const int64_t section = std::min<int64_t>(ceil_div(heads * p.num_heads_kv, p.num_heads), params.key_heads);
+    const int64_t section_boxes = section * ceil_div(p.seqlen_k, kUnitKeys);
+    params.key_section = Divisor(static_cast<unsigned>(section));
+    params.section_boxes = Divisor(static_cast<unsigned>(section_boxes));
+    params.boxes = static_cast<int>(ceil_div(params.key_heads, section) * section_boxes);
+    counters = kCounters + params.key_heads * ceil_div(p.seqlen_k, instance.block_n);
+  }
+  if (counters > 0) {
+    constexpr int64_t kMostBlocks = 64;
+    const int64_t clearing = std::min(ceil_div(counters, kRowThreads), kMostBlocks);
+    clear_counters<<<static_cast<unsigned>(clearing), kRowThreads, 0, stream>>>(call.counters, counters);
+    status = status_of(cudaGetLastError(), "clear_counters");
     if (!status.ok()) return status;
   }
-  return launch_persistent(stream, instance, params, tiles, clears || !params.k_is_raw);
+  return launch_persistent(stream, instance, params, tiles, counters > 0 || !params.k_is_raw);
 }
 
 // Whether the forward on Hopper can take rows as they are: one norm each or none, and neighbours, which tensor
 // copies take.
 bool takes_raw_rows(const Problem& p) { return (p.groups == 1 || !p.l2norm) && p.mask.keys == nullptr; }
 
-// The forward that takes the norms of keys for every tile of queries again, where that takes less time than a
-// pass over all keys before it; null elsewhere. It depends on how many tiles see a key, by position. A single
-// wave of short tiles has the time anyhow.
+// Whether fewer than three tiles of queries see a key, by position.
+bool few_see_a_key(const Problem& p, const Instance& instance) {
+  const int64_t blocks = ceil_div(p.seqlen_q, instance.block_m);
+  const int half = p.seqlen_k / 2;
+  const int64_t keys =
+      std::min(p.seqlen_k, std::min(p.left, half) + std::min(p.right, half) + instance.block_m);
+  return blocks * (p.num_heads / p.num_heads_kv) * keys < 3 * int64_t(std::max(p.seqlen_k, 1));
+}
+
+// The forward that takes norms of raw keys for every tile again, where that takes less time than to make k^ first:
+// where few tiles see a key, or in a single wave of short tiles. Null elsewhere. Beside the products of H <= 64
+// norms take too long.
 const Instance* find_raw_instance(const ForwardCall& call) {
   constexpr int kMostKeys = 1024;
   const Problem& p = call.problem;
@@ -322,12 +353,16 @@ const Instance* find_raw_instance(const ForwardCall& call) {
   const Instance* instance =
       find_instance(Direction::kForward, call.arithmetic, call.unbounded, p.head_dim, 0, true);
   if (instance == nullptr) return nullptr;
-  const int64_t blocks = ceil_div(p.seqlen_q, instance->block_m);
-  const int half = p.seqlen_k / 2;
-  const int keys = std::min(p.seqlen_k, std::min(p.left, half) + std::min(p.right, half) + instance->block_m);
-  const int64_t most = p.head_dim <= 64 ? 0 : 5;
-  const bool pays = blocks * (p.num_heads / p.num_heads_kv) * keys <= most * p.seqlen_k;
-  return pays || blocks * p.num_heads * p.batch <= multiprocessors() ? instance : nullptr;
+  const int64_t tiles = ceil_div(p.seqlen_q, instance->block_m) * p.num_heads * p.batch;
+  const bool pays = p.head_dim > 64 && few_see_a_key(p, *instance);
+  return pays || tiles <= multiprocessors() ? instance : nullptr;
+}
+
+// Whether CTAs of the forward on Hopper make k^ beside their products, in place of a pass before: where these take
+// longer than it does, because many tiles see a key.
+bool makes_keys(const ForwardCall& call, const Instance& instance) {
+  const Problem& p = call.problem;
+  return instance.makes_keys && p.l2norm && takes_raw_rows(p) && p.head_dim % 8 == 0 && !few_see_a_key(p, instance);
 }
 
 template <typename T, typename THat>
@@ -351,8 +386,9 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
     status = normalize_q<T, THat>(stream, p, folds, !call.unbounded, call.q, call.q_hat, nullptr);
     if (!status.ok()) return status;
   }
-  if (!k_is_raw) {
-    status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, call.next_tile);
+  const bool own_keys = !k_is_raw && makes_keys(call, *instance);
+  if (!k_is_raw && !own_keys) {
+    status = normalize_k<T, THat>(stream, p, call.k, call.k_hat, nullptr, listed, false, call.counters);
     if (!status.ok()) return status;
   }
   Rows v = call.v;
@@ -363,7 +399,7 @@ Status forward(cudaStream_t stream, const ForwardCall& call) {
   }
   if (is_sm90) {
     return launch_forward_sm90(stream, *instance, call, q_is_raw ? call.q : call.q_hat,
-                               k_is_raw ? call.k : call.k_hat, v);
+                               k_is_raw ? call.k : call.k_hat, v, own_keys);
   }
   const FwdParams params{.problem = p,
                          .q_hat = call.q_hat,
@@ -540,7 +576,7 @@ Status backward(cudaStream_t stream, const BackwardCall& call) {
   if (!status.ok()) return status;
   const bool takes_raw_k = is_sm90 && (p.groups == 1 || !p.l2norm);
   if (listed || !takes_raw_k) {
-    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed);
+    status = normalize_k<T, T>(stream, p, call.k, call.k_hat, call.k_inverse_norm, listed, takes_raw_k);
     if (!status.ok()) return status;
   }
 

@@ -28,7 +28,8 @@ struct ForwardCall {
   float* lse;
   float* lse_low;
   bool unbounded;                 // Instance::unbounded
-  int* next_tile;                 // scratch of the kernels for sm_90
+  // Scratch of the kernel for sm_90, int [kCounters + Bk K S / kCountedKeys], the latter rounded up for each head.
+  int* counters;
   int splits;                     // CTAs of a (batch, kv head) of the decode kernel; 0: the other
   float* partials;                // scratch of DecodeParams
 };
@@ -52,7 +53,7 @@ struct BackwardCall {
   RowStats stats;                 // scratch
   // Scratch [B, N, T rounded up to whole DqTiles, Hp], float32; float64 with three passes.
   void* dq_accum;
-  int* next_tile;                 // scratch, as above
+  int* next_tile;                 // scratch of the kernel for sm_90
   float2* row_sums;               // scratch [B, N, T], with dscale of whole rows; or null
   Rows dq, dk, dv;
   float* dscale;                  // [dscale_batch, N] or null

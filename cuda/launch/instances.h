@@ -33,6 +33,7 @@ struct Instance {
   int block_m, block_n;
   const void* kernel_of_sums = nullptr;  // where another takes backward calls that want dscale
   bool raw = false;   // forward on Hopper: takes k as it comes, with one norm a row
+  bool makes_keys = false;  // forward on Hopper: can make k^ of it
   int stages = 0;     // on Hopper, of the rings of k and v, or of q^ and dO
   int key_stages = 0;  // of that of k and v in the backward
   int candidate = 0;  // the shipped one; in a build for tuning others follow it, numbered from 1

@@ -23,6 +23,7 @@ Instance sm90_fwd_instance(Arithmetic arithmetic, int candidate = 0) {
           .block_m = Tile::kBlockM,
           .block_n = Tile::kBlockN,
           .raw = Tile::kRaw,
+          .makes_keys = Tile::kMakesKeys,
           .stages = Tile::kStages,
           .candidate = candidate};
 }

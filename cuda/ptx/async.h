@@ -26,6 +26,16 @@ __device__ inline void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// Whoever acquires the sum sees what this thread saw before ("red", .release).
+__device__ inline void red_add_release(int* gmem, int x) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(gmem), "r"(x) : "memory");
+}
+__device__ inline int load_acquire(const int* gmem) {
+  int x;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(gmem) : "memory");
+  return x;
+}
+
 // Two adjacent reductions in L2; of float32 one instruction from sm_90 on ("red", .v2).
 __device__ inline void red_add_x2(float* gmem, float x, float y) {
 #if __CUDA_ARCH__ >= 900

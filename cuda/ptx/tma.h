@@ -34,14 +34,17 @@ struct Mbarrier {
                  : "memory");
   }
   __device__ void wait(unsigned parity) const {
+    while (!try_wait(parity)) {}
+  }
+  // Waits for a while; whether that phase has completed.
+  __device__ bool try_wait(unsigned parity) const {
     uint32_t done;
-    do {
-      asm volatile(
-          "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
-          : "=r"(done)
-          : "r"(address()), "r"(parity)
-          : "memory");
-    } while (!done);
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        : "=r"(done)
+        : "r"(address()), "r"(parity)
+        : "memory");
+    return done != 0;
   }
   // Whether that phase has completed.
   __device__ bool has_passed(unsigned parity) const {
@@ -64,6 +67,9 @@ __device__ inline void fence_mbarrier_init() {
 __device__ inline void fence_async_shared() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
+
+// The same for global memory.
+__device__ inline void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 // The map will soon be used ("prefetch").
 __device__ inline void prefetch_tensor_map(const CUtensorMap& tensor) {
@@ -104,8 +110,11 @@ __device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group
 __device__ inline void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// Until they are done.
-__device__ inline void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Until all but the latest kPending groups of them are done.
+template <int kPending = 0>
+__device__ inline void store_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 // Four 8 x 8 matrices of 16-bit elements; lane l passes the address of row l % 8 of matrix l / 8
 // ("stmatrix").

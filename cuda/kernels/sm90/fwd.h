@@ -2,15 +2,15 @@
 //
 // P = exp(S - c) with a constant c, so O and the row sums are plain sums over blocks of keys in any order.
 // In the first warpgroup one warp plans tiles ahead, one has q, k and v brought into rings of tiles, and
-// one has out stored; the others own 64 rows of the query tile each. CTAs are persistent and take tiles from
-// a counter. First come the blocks in which some pair is forbidden, then the others. exp(S) of one block
-// runs beside P v of the block before; no branch but waits for what products read stands between their start
-// and the wait for them (ptxas would serialise wgmma that are in flight across one, note C7514).
+// one has out stored; in the last all take norms and scale rows; the others own 64 rows of the query tile
+// each. CTAs are persistent and take tiles from a counter. First come the blocks in which some pair is
+// forbidden, then the others. exp(S) of one block runs beside P v of the block before; no branch but waits for
+// what products read stands between their start and the wait for them (ptxas would serialise wgmma that are
+// in flight across one, note C7514).
 //
-// q comes a tile ahead, raw where it has one norm a row, and a warp scales it in place; that of the first tile
-// the consumers scale themselves, and that of every tile where it is too much for a warp or has no place of its
-// own. k is k^, or comes raw too: then logits are multiplied by the inverse norms of keys, which a warpgroup
-// more takes beside the products.
+// q comes a tile ahead, raw where it has one norm a row, and is scaled in place. k is k^, of a pass before or
+// of this kernel: all CTAs make k^ for one another, a box of keys at a time, ahead of the tiles that read it.
+// Or k comes raw too: then logits are multiplied by the inverse norms of keys.
 #pragma once
 
 #include "kernels/lse.h"
@@ -26,8 +26,8 @@ struct FwdShape {
   int consumers, block_n, stages, query_stages;
 };
 
-// Those that ship; benchmarks/tune.py times those of launch/instantiate_sm90.h beside them. Beside a
-// warpgroup that takes norms there are no registers for four of consumers.
+// Those that ship; benchmarks/tune.py times those of launch/instantiate_sm90.h beside them. Logits of raw k
+// leave no registers for four warpgroups of consumers.
 constexpr FwdShape fwd_shape(int head_dim, bool raw) {
   if (head_dim <= 64) return {raw ? 2 : 4, 64, 8, 2};
   return head_dim <= 128 ? FwdShape{2, 128, 2, 2} : FwdShape{2, 64, 2, 1};
@@ -47,20 +47,23 @@ struct FwdTile {
   static constexpr bool kScaled = std::is_same_v<TS, __nv_bfloat16>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kConsumers = kShape.consumers;
-  // Warps that take norms of keys. Queries have the same ones, or else the one that has nothing else to do.
-  static constexpr int kNormWarps = kRaw ? 4 : 0;
-  static constexpr int kQueryWarps = kNormWarps > 0 ? kNormWarps : 1;
+  // Take norms and scale rows, where consumers leave registers for them; elsewhere these scale their queries
+  // themselves.
+  static constexpr int kRowWarps = kConsumers == 2 && kHeadDim <= 128 ? 4 : 0;
+  static constexpr bool kMakesKeys = kRowWarps > 0 && !kRaw;
   static constexpr int kBlockM = 64 * kConsumers, kBlockN = kShape.block_n;
   static constexpr int kStages = kShape.stages, kQueryStages = kShape.query_stages;
-  // A warp has the time for 128 rows beside a tile, for 256 it has not.
-  static constexpr bool kQueriesAhead = kQueryStages > 1 && kBlockM / kQueryWarps <= 128;
   static constexpr int kChunks = (kHeadDim + 63) / 64;  // columns come in chunks of 128 bytes, the swizzle's
-  static constexpr int kThreads = 128 * (1 + kConsumers) + 32 * kNormWarps;
+  static constexpr int kThreads = 128 * (1 + kConsumers) + 32 * kRowWarps;
   // Of 64 K registers, granted evenly at launch.
   static constexpr int kProducerRegisters = kConsumers == 2 ? 40 : 32;
   static constexpr int kConsumerRegisters =
-      kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kNormWarps > 0 ? 208 : 232;
-  static constexpr int kNormRegisters = 56;
+      kConsumers == 4 ? 112 : kConsumers == 3 ? 160 : kRowWarps == 0 ? 232 : kRaw ? 208 : 216;
+  static constexpr int kRowRegisters = kRaw ? 56 : 40;
+  static constexpr int kRowsAtOnce = kRowWarps == 0 || kRaw ? 2 : 1;  // of a lane
+
+  // Of boxes of keys, one on its way here and one back beside that at hand.
+  static constexpr int kUnitStages = kMakesKeys ? 3 : 1;
 
   static constexpr int kPlans = 3;  // two tiles ahead, whose q comes a tile ahead
 
@@ -82,17 +85,19 @@ struct FwdTile {
     TS q[kQueryStages][kConsumers][kChunks][64][64];  // out goes the same way
     TS k[kStages][kChunks][kBlockN][64];
     TV v[kStages][kChunks][kBlockN][64];
+    TS unit_k[kUnitStages][kChunks][kUnitKeys][64];
     // What logits of a key are multiplied by, with kRaw, and those of a row, with kScaled. The former have
     // twice the stages of k, which consumers give up before they read them.
     alignas(16) float k_factor[2][kStages][kBlockN];
     float q_factor[kQueryStages][kBlockM];
     ptx::Mbarrier q_raw[kQueryStages];  // full, but of rows that are not scaled yet
     ptx::Mbarrier q_full[kQueryStages], q_empty[kQueryStages], out_full[kQueryStages];
-    ptx::Mbarrier norms_full[kStages];
+    ptx::Mbarrier norms_full[kStages], unit_raw[kUnitStages], unit_full[kUnitStages];
     ptx::Mbarrier k_full[kStages], k_empty[kStages], v_full[kStages], v_empty[kStages];
     ptx::Mbarrier plan_full[kPlans], plan_empty[kPlans];
     Plan plan[kPlans];
     int block[kStages];  // of keys, in stage i of k
+    bool has_box[kUnitStages];  // or no more come
     BlockWindow window;
     bool seen[kBlockN];  // by clear_unseen
   };
@@ -134,11 +139,84 @@ struct FwdKernel {
     plan.k_entry = params.k_batch(plan.b);
   }
 
+  __device__ static int boxes_of(int keys) { return (keys + kUnitKeys - 1) / kUnitKeys; }
+
   // Rows past the end are not stored: they forbid nothing.
   __device__ BlockKind kind_of(const Plan& plan, int block) const {
     const int m0 = plan.m_block * kBlockM;
     return plan.visible.block(p, plan.head, m0, min(m0 + kBlockM, plan.visible.seqlen_q), block * kBlockN,
                               (block + 1) * kBlockN);
+  }
+
+  // ---- The thread that has boxes of raw keys brought, and of k^ sent.
+
+  struct Box {
+    int entry, head, key;
+    int key_head;  // past the last: none
+  };
+  __device__ Box box_at(int i) const {
+    const int section = params.section_boxes(i), in_section = i - section * params.section_boxes.divisor;
+    const int from_last = params.key_section(in_section);
+    const int in_row = in_section - from_last * params.key_section.divisor;
+    const int key_head = section * params.key_section.divisor + in_row;
+    const int entry = params.heads_kv(key_head);
+    return {entry, key_head - entry * p.num_heads_kv, (boxes_of(p.seqlen_k) - 1 - from_last) * kUnitKeys,
+            key_head};
+  }
+  __device__ Box bring_box(int i, int stage) {
+    const Box box = box_at(i);
+    ptx::Mbarrier& raw = shared.unit_raw[stage];
+    shared.has_box[stage] = true;
+    raw.arrive_and_expect(sizeof(shared.unit_k[0]));
+    for (int c = 0; c < Tile::kChunks; ++c) {
+      ptx::tensor_load(shared.unit_k[stage][c], params.raw_k_map, raw, 64 * c, box.key, box.head, box.entry);
+    }
+    return box;
+  }
+
+  __device__ void make_keys() {
+    int i = blockIdx.x, next = i + gridDim.x;
+    if (i >= params.boxes) return end_boxes(0);
+    Box box = bring_box(i, 0);
+    ptx::wait_for_prerequisite_grids();  // for the counters
+    int* sent = nullptr;  // the count that the last box will raise when it is there
+    const auto tell = [&] {
+      if (sent == nullptr) return;
+      ptx::store_wait();
+      ptx::red_add_release(sent, 1);
+      sent = nullptr;
+    };
+    for (Ring<Tile::kUnitStages> at; i < params.boxes;) {
+      const int after = atomicAdd(params.next_box, 1) + 2 * gridDim.x;
+      Ring<Tile::kUnitStages> following = at;
+      following.advance();
+      Box next_box = box;
+      if (next < params.boxes) {
+        next_box = bring_box(next, following.stage);
+      } else {
+        end_boxes(following.stage);
+      }
+      shared.unit_full[at.stage].wait(at.parity);
+      tell();  // before the next one is sent, which a release would wait for
+      if (box.key_head < params.key_heads) {
+        for (int c = 0; c < Tile::kChunks; ++c) {
+          ptx::tensor_store(params.unit_k_map, shared.unit_k[at.stage][c], 64 * c, box.key, box.head,
+                            box.entry);
+        }
+        ptx::store_commit();
+        sent = made(box.key_head, box.key / kBlockN);
+      }
+      i = next;
+      next = after;
+      box = next_box;
+      at = following;
+    }
+    tell();
+  }
+  // No more boxes come.
+  __device__ void end_boxes(int stage) {
+    shared.has_box[stage] = false;
+    shared.unit_raw[stage].arrive();
   }
 
   // ---- The warp that plans.
@@ -208,11 +286,33 @@ struct FwdKernel {
 
   // ---- The warp that loads.
 
+  // How many boxes of this block of keys are made.
+  __device__ int* made(int key_head, int block) const {
+    return params.made + int64_t(key_head) * ((p.seqlen_k + kBlockN - 1) / kBlockN) + block;
+  }
+  // Of 32 blocks of a head's keys, which are made.
+  struct MadeKeys {
+    int key_head = -1, first = 0;
+    unsigned blocks = 0;
+  };
+  __device__ void wait_for_keys(MadeKeys& known, const Plan& plan, int block) const {
+    const int key_head = plan.k_entry * p.num_heads_kv + plan.head_kv, bit = block % 32;
+    if (key_head != known.key_head || block - bit != known.first) known = {key_head, block - bit, 0};
+    if (known.blocks >> bit & 1) return;
+    const int mine = known.first + int(threadIdx.x) % 32;
+    const int all = boxes_of(min(kBlockN, p.seqlen_k - mine * kBlockN));
+    do {
+      known.blocks = __ballot_sync(0xffffffff, all <= 0 || ptx::load_acquire(made(key_head, mine)) >= all);
+    } while (!(known.blocks >> bit & 1));
+    ptx::fence_async_global();
+  }
+
   __device__ void load() {
     const bool leader = threadIdx.x % 32 == 0;
     PlanRing at;
     QueryRing at_q;
     KeyRing at_k, at_v;
+    MadeKeys made_keys;
     // q of a plan, if there is one.
     const auto load_q = [&](const PlanRing& of) {
       const Plan& plan = shared.plan[of.stage];
@@ -261,6 +361,7 @@ struct FwdKernel {
       // stage its place is that of this one's.
       bool has_q = Tile::kQueryStages == 1;
       const auto load_block = [&](int block) {
+        if (params.made != nullptr) wait_for_keys(made_keys, plan, block);
         shared.k_empty[at_k.stage].wait(at_k.parity ^ 1);
         if (leader) {
           shared.block[at_k.stage] = block;
@@ -289,13 +390,14 @@ struct FwdKernel {
                          [&](int block) { return kind_of(plan, block); }, load_block);
         }
       } else {
-        const int2 ranges[] = {{plan.first, plan.full_first},
-                               {plan.full_last, plan.last},
+        // Last keys first, in the order in which they are made.
+        const int2 ranges[] = {{plan.full_last, plan.last},
+                               {plan.first, plan.full_first},
                                {plan.full_first, plan.full_last}};
 #pragma unroll 1
         for (const int2& range : ranges) {
 #pragma unroll 1
-          for (int block = range.x; block < range.y; ++block) load_block(block);
+          for (int block = range.y - 1; block >= range.x; --block) load_block(block);
         }
       }
       if (!has_q) load_q(next);
@@ -311,7 +413,7 @@ struct FwdKernel {
   __device__ void store() {
     PlanRing at_plan;
     for (QueryRing at;; at.advance(), at_plan.advance()) {
-      shared.q_full[at.stage].wait(at.parity);
+      wait_for_queries(at);
       const Plan& plan = shared.plan[at_plan.stage];
       if (plan.m_block < 0) break;
       shared.out_full[at.stage].wait(at.parity);
@@ -329,6 +431,10 @@ struct FwdKernel {
       shared.plan_empty[at_plan.stage].arrive();
     }
     ptx::store_wait();
+  }
+
+  __device__ void wait_for_queries(const QueryRing& at) const {
+    (Tile::kRowWarps > 0 ? shared.q_full : shared.q_raw)[at.stage].wait(at.parity);
   }
 
   // What logits of a block of keys are multiplied by, with kRaw: in columns 8 n + 2 (lane % 4) and the next,
@@ -358,96 +464,139 @@ struct FwdKernel {
     }
   };
 
-  // ---- The warps that scale queries and take norms of keys, a row a lane.
+  // ---- The warps that take norms and scale rows.
 
-  // f(8 elements) over a row of a swizzled tile, in an order in which no two lanes want the same bank.
-  template <class Tiles, class F>
-  __device__ static void for_eights(Tiles& tile, int row, F f) {
-#pragma unroll
-    for (int c = 0; c < Tile::kChunks; ++c) {
-#pragma unroll 4
-      for (int i = 0; i < 8; ++i) f(reinterpret_cast<uint4*>(tile[c][row])[i ^ row % 8]);
-    }
-  }
-
-  // 1 / max(|row|, kMinNorm) of a row of TV, as it came.
-  template <int kRows>
-  __device__ static float inverse_norm(TS (&tile)[Tile::kChunks][kRows][64], int row) {
-    const auto sum_squares = [&](float scale) {
-      float sums[2] = {0.f, 0.f};
-      for_eights(tile, row, [&](const uint4& eight) {
-#pragma unroll
-        for (const uint32_t pair : {eight.x, eight.y, eight.z, eight.w}) {
-          const float2 x = sm80::Half16<TV>::unpack(pair);
-          sums[0] = fmaf(x.x * scale, x.x * scale, sums[0]);
-          sums[1] = fmaf(x.y * scale, x.y * scale, sums[1]);
-        }
-      });
-      return sums[0] + sums[1];
-    };
-    float inverse = rsqrtf(sum_squares(1.f));
-    if constexpr (std::is_same_v<TV, __nv_bfloat16>) {
-      constexpr float kSmall = 0x1p-80f;
-      if (!(inverse > 1e-15f)) inverse = rsqrtf(sum_squares(kSmall)) * kSmall;  // the squares overflow
-    }
-    return fminf(inverse, 1.f / kMinNorm);
-  }
-
-  // A raw row of q becomes that of q^ with the fold; or, with kScaled, an exact multiple of itself, so short
-  // that products with any k are finite.
-  __device__ void scale_query(int q_stage, int row, float fold) const {
-    if constexpr (Tile::kScaled) shared.q_factor[q_stage][row] = fold;
-    if (!params.q_is_raw || (Tile::kScaled && !p.l2norm)) return;
-    auto& tile = shared.q[q_stage][row / 64];
-    const float inverse = p.l2norm ? inverse_norm(tile, row % 64) : 1.f;
-    float scale = inverse * fold;
-    if constexpr (Tile::kScaled) {
-      const float power = __int_as_float(__float_as_int(inverse) & 0x7f800000);  // of 2, <= inverse
-      scale = fmaxf(power, 0x1p-133f) * 0x1p-8f;
-      shared.q_factor[q_stage][row] = inverse / scale * fold;
-    }
-    for_eights(tile, row % 64, [&](uint4& eight) {
-      const auto scaled = [&](uint32_t pair) {
-        const float2 x = sm80::Half16<TV>::unpack(pair);
-        return sm80::Half16<TS>::pack(x.x * scale, x.y * scale);
+  // A warp goes over rows of TV of a swizzled tile, as they came; lanes that share one hold 16 bytes of it
+  // each time, in an order in which no two want the same bank. factor_of(row, 1 / max(|row|, kMinNorm), whether
+  // this is the row's first lane) gives what makes them rows of TS; with kNorms they stay.
+  template <bool kNorms = false, int kRows, class FactorOf>
+  __device__ static void scale_rows(TS (&tile)[Tile::kChunks][kRows][64], int first, int count,
+                                    FactorOf factor_of) {
+    constexpr int kLanes = kHeadDim <= 128 ? 4 : 8, kEach = 8 * Tile::kChunks / kLanes;
+    const int lane = threadIdx.x % kLanes, of_warp = threadIdx.x % 32 / kLanes;
+#pragma unroll Tile::kRowsAtOnce
+    for (int i = 0; i < count; i += 32 / kLanes) {
+      const int row = first + i + of_warp;
+      const auto at = [&](int i) -> uint4& {
+        const int column = kLanes == 8 ? lane : (i ^ row) % 2 * 4 + lane;
+        return reinterpret_cast<uint4*>(tile[i * kLanes / 8][row])[column];
       };
-      eight = {scaled(eight.x), scaled(eight.y), scaled(eight.z), scaled(eight.w)};
+      uint4 x[kEach];
+#pragma unroll
+      for (int i = 0; i < kEach; ++i) x[i] = at(i);
+      const auto norm = [&](float scale) {
+        float sums[2] = {0.f, 0.f};
+#pragma unroll
+        for (const uint4& eight : x) {
+#pragma unroll
+          for (const uint32_t pair : {eight.x, eight.y, eight.z, eight.w}) {
+            float2 both = sm80::Half16<TV>::unpack(pair);
+            if (scale != 1.f) both = {both.x * scale, both.y * scale};
+            sums[0] = fmaf(both.x, both.x, sums[0]);
+            sums[1] = fmaf(both.y, both.y, sums[1]);
+          }
+        }
+        float sum = sums[0] + sums[1];
+#pragma unroll
+        for (int d = kLanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(0xffffffff, sum, d);
+        return rsqrtf(sum);
+      };
+      float inverse = norm(1.f);
+      if constexpr (std::is_same_v<TV, __nv_bfloat16>) {
+        constexpr float kSmall = 0x1p-80f;
+        if (__any_sync(0xffffffff, !(inverse > 1e-15f))) {  // the squares overflow
+          const float of_small = norm(kSmall) * kSmall;
+          if (!(inverse > 1e-15f)) inverse = of_small;
+        }
+      }
+      const float factor = factor_of(row, fminf(inverse, 1.f / kMinNorm), lane == 0);
+      if constexpr (!kNorms) {
+#pragma unroll
+        for (int i = 0; i < kEach; ++i) {
+          const auto scaled = [&](uint32_t pair) {
+            const float2 both = sm80::Half16<TV>::unpack(pair);
+            return sm80::Half16<TS>::pack(both.x * factor, both.y * factor);
+          };
+          at(i) = {scaled(x[i].x), scaled(x[i].y), scaled(x[i].z), scaled(x[i].w)};
+        }
+      }
+    }
+    ptx::fence_async_shared();  // rows were read and written, and may be refilled
+  }
+
+  // Raw rows of q become those of q^ with the fold; or, with kScaled, exact multiples of themselves, so short
+  // that products with any k are finite.
+  __device__ void scale_queries(int q_stage, int first, int count, float fold) const {
+    float* const factors = shared.q_factor[q_stage] + first;
+    if (!params.q_is_raw || (Tile::kScaled && !p.l2norm)) {
+      if constexpr (Tile::kScaled) {
+        for (int i = threadIdx.x % 32; i < count; i += 32) factors[i] = fold;
+      }
+      return;
+    }
+    auto& tile = shared.q[q_stage][first / 64];
+    scale_rows(tile, first % 64, count, [&](int row, float inverse, bool keeps) {
+      if (!p.l2norm) return fold;
+      if constexpr (!Tile::kScaled) return inverse * fold;
+      const float power = __int_as_float(__float_as_int(inverse) & 0x7f800000);  // of 2, <= inverse
+      const float scale = fmaxf(power, 0x1p-133f) * 0x1p-8f;
+      if (keeps) factors[row - first % 64] = inverse / scale * fold;
+      return scale;
     });
   }
 
-  __device__ void prepare_rows(int thread) {
+  __device__ void prepare_rows(int warp) {
     PlanRing at_plan;
     KeyRing at;
-    bool first = true;
+    Ring<Tile::kUnitStages> at_box;
+    bool has_boxes = Tile::kMakesKeys && params.made != nullptr;
+    const auto scale_box = [&] {
+      constexpr int kRows = kUnitKeys / Tile::kRowWarps;
+      has_boxes = shared.has_box[at_box.stage];
+      if (!has_boxes) return;
+      scale_rows(shared.unit_k[at_box.stage], kRows * warp, kRows,
+                 [](int, float inverse, bool) { return inverse; });
+      shared.unit_full[at_box.stage].arrive();
+      at_box.advance();
+    };
     for (QueryRing at_q;; at_q.advance(), at_plan.advance()) {
-      shared.q_raw[at_q.stage].wait(at_q.parity);
+      ptx::Mbarrier& q_raw = shared.q_raw[at_q.stage];
+      while (has_boxes && !__any_sync(0xffffffff, q_raw.has_passed(at_q.parity))) {
+        if (__any_sync(0xffffffff, shared.unit_raw[at_box.stage].try_wait(at_box.parity))) {
+          shared.unit_raw[at_box.stage].wait(at_box.parity);
+          scale_box();
+        }
+      }
+      q_raw.wait(at_q.parity);
       const Plan& plan = shared.plan[at_plan.stage];
       const bool done = plan.m_block < 0;
       const int blocks = plan.counts.partial + plan.counts.full;
-      if (Tile::kQueriesAhead && !done && !first) {
+      if (!done) {
 #pragma unroll 1
-        for (int row = thread; row < kBlockM; row += 32 * Tile::kQueryWarps) {
-          scale_query(at_q.stage, row, plan.fold);
+        for (int row = 16 * warp; row < kBlockM; row += 16 * Tile::kRowWarps) {
+          scale_queries(at_q.stage, row, 16, plan.fold);
         }
-        ptx::fence_async_shared();
       }
       shared.q_full[at_q.stage].arrive();
       if (done) break;
-      first = false;
-      if constexpr (Tile::kNormWarps > 0) {
+      if constexpr (Tile::kRaw) {
 #pragma unroll 1
         for (int i = 0; i < blocks; ++i, at.advance()) {
           shared.k_full[at.stage].wait(at.parity);
-#pragma unroll 1
-          for (int key = thread; key < kBlockN; key += 32 * Tile::kNormWarps) {
-            shared.k_factor[at.parity][at.stage][KeyFactors::place(key)] =
-                inverse_norm(shared.k[at.stage], key);
-          }
-          ptx::fence_async_shared();  // k has been read, and may be refilled
+          float* const factors = shared.k_factor[at.parity][at.stage];
+          constexpr int kKeys = kBlockN / Tile::kRowWarps;
+          scale_rows<true>(shared.k[at.stage], kKeys * warp, kKeys, [&](int key, float inverse, bool keeps) {
+            if (keeps) factors[KeyFactors::place(key)] = inverse;
+            return 0.f;
+          });
           shared.norms_full[at.stage].arrive();
           shared.k_empty[at.stage].arrive();
         }
       }
+    }
+    while (has_boxes) {
+      shared.unit_raw[at_box.stage].wait(at_box.parity);
+      scale_box();
     }
   }
 
@@ -610,23 +759,14 @@ struct FwdKernel {
     KeyRing at;       // the block whose weights are next
     KeyRing pending;  // that of the weights at hand, whose v is next
     Rows64 rows;
-    bool first = true;
-    // Of several tiles: what one warpgroup does beside nothing, between two of them, runs beside products of
-    // the other if they start apart.
-    if (Tile::kRaw && tiles(p) > int(gridDim.x)) {
-      for (const long long start = clock64(); clock64() - start < 1200 * warpgroup;) {}
-    }
     for (QueryRing at_q;; at_q.advance(), at_plan.advance()) {
-      shared.q_full[at_q.stage].wait(at_q.parity);
+      wait_for_queries(at_q);
       const Plan& plan = shared.plan[at_plan.stage];
       if (plan.m_block < 0) break;
       const int m0 = plan.m_block * kBlockM + warpgroup * 64;  // of this warpgroup
-      if (first) {
-        const int thread = threadIdx.x % 128;
-        if (thread < 64) scale_query(at_q.stage, 64 * warpgroup + thread, plan.fold);
-        ptx::fence_async_shared();
+      if constexpr (Tile::kRowWarps == 0) {
+        scale_queries(at_q.stage, 64 * warpgroup + int(threadIdx.x) / 32 % 4 * 16, 16, plan.fold);
         ptx::named_barrier(kWarpgroupBarrier + warpgroup, 128);
-        first = !Tile::kQueriesAhead;
       }
       if constexpr (Tile::kScaled) {
 #pragma unroll
@@ -800,7 +940,7 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     // the lanes meet where ptxas leaves that out.
     for (int i = 0; i < Tile::kQueryStages; ++i) {
       shared.q_raw[i].init(1);
-      shared.q_full[i].init(32 * Tile::kQueryWarps);
+      shared.q_full[i].init(32 * Tile::kRowWarps);
       shared.q_empty[i].init(1);
       shared.out_full[i].init(128 * Tile::kConsumers);
     }
@@ -810,10 +950,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     for (int i = 0; i < Tile::kStages; ++i) {
       shared.k_full[i].init(1);
-      shared.norms_full[i].init(32 * Tile::kQueryWarps);  // unused without warps that take norms
+      shared.norms_full[i].init(32 * Tile::kRowWarps);
       shared.v_full[i].init(1);
-      shared.k_empty[i].init(4 * Tile::kConsumers + 32 * Tile::kNormWarps);
+      shared.k_empty[i].init(4 * Tile::kConsumers + (Tile::kRaw ? 32 * Tile::kRowWarps : 0));
       shared.v_empty[i].init(4 * Tile::kConsumers);
+    }
+    for (int i = 0; i < Tile::kUnitStages; ++i) {
+      shared.unit_raw[i].init(1);
+      shared.unit_full[i].init(32 * Tile::kRowWarps);
     }
     ptx::fence_mbarrier_init();
   }
@@ -825,10 +969,12 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     if (warp == 0) kernel.load();
     if (warp == 1) kernel.make_plans();
     if (warp == 2) kernel.store();
-    if (warp == 3 && Tile::kNormWarps == 0) kernel.prepare_rows(threadIdx.x % 32);
+    if constexpr (Tile::kMakesKeys) {
+      if (threadIdx.x == 96 && params.made != nullptr) kernel.make_keys();
+    }
   } else if (warpgroup > Tile::kConsumers) {
-    ptx::fewer_registers<Tile::kNormRegisters>();
-    if constexpr (Tile::kNormWarps > 0) kernel.prepare_rows(threadIdx.x % 128);
+    ptx::fewer_registers<Tile::kRowRegisters>();
+    if constexpr (Tile::kRowWarps > 0) kernel.prepare_rows(threadIdx.x / 32 % 4);
   } else {
     ptx::more_registers<Tile::kConsumerRegisters>();
     kernel.consume(warpgroup - 1);
