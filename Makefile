@@ -11,7 +11,7 @@ VENV ?= .venv
 CUDA ?= 13
 TESTS ?= tests
 SMOKE_TESTS ?= test_build.py test_lowering.py test_readme.py test_transforms.py test_validation.py \
-               test_sharding.py test_context_parallel.py
+               test_sharding.py
 JOBS ?= 2
 RECORD ?= tests/gpu_record.json
 RESULTS ?= benchmarks/results
