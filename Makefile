@@ -12,6 +12,8 @@ CUDA ?= 13
 TESTS ?= tests
 SMOKE_TESTS ?= test_build.py test_lowering.py test_readme.py test_transforms.py test_validation.py \
                test_sharding.py
+# Left out of it: long, and of parts that others reach.
+SMOKE_SKIPS ?= test_place_of_sharded_queries or test_sharded_mapped_axis or test_vmap_with_gradients
 JOBS ?= 2
 RECORD ?= tests/gpu_record.json
 RESULTS ?= benchmarks/results
@@ -45,7 +47,7 @@ test: $(DEV)
 
 # For another Python beside the default one: the wheel, imported from outside the tree.
 test-smoke: $(SMOKE)
-	cd tests && $(abspath $(PY)) -m pytest -n $(JOBS) $(PYTEST_ARGS) $(SMOKE_TESTS)
+	cd tests && $(abspath $(PY)) -m pytest -n $(JOBS) -k "not ($(SMOKE_SKIPS))" $(PYTEST_ARGS) $(SMOKE_TESTS)
 
 test-full: $(DEV)
 	$(PY) -m pytest -n $(JOBS) --full $(PYTEST_ARGS) $(TESTS)

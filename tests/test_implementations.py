@@ -27,6 +27,17 @@ def implementation(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+# The reference, which these calls are slow for, in the full grid.
+fast_implementations = pytest.mark.parametrize(
+    "implementation",
+    [
+        "xla",
+        pytest.param("reference", marks=pytest.mark.full),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ],
+)
+
+
 def learned(n: int, bound: float = 10.0) -> dict[str, Any]:
     """A scale per head, of several signs and zero, with the bound that the kernels need."""
     return {"scale": np.resize(np.array([8, -2, 0, 10], np.float32), n), "scale_bound": bound}
@@ -40,6 +51,7 @@ def learned(n: int, bound: float = 10.0) -> dict[str, Any]:
     "t, s",
     [(1, 1), (1, 1000), (17, 63), (63, 17), (127, 127), (127, 1000), (1000, 127), (1000, 1000)],
 )
+@fast_implementations
 def test_lengths(implementation, t, s, is_causal):
     inputs = functools.partial(make_inputs, F32, b=1, t=t, s=s)
     check(implementation, inputs, is_causal=is_causal, **learned(2))
@@ -265,6 +277,7 @@ def check_options(
 
 
 @pytest.mark.parametrize("name", OPTIONS)
+@fast_implementations
 def test_options(implementation, name):
     check_options(implementation, name, F32, LARGE)
 
@@ -418,10 +431,11 @@ def test_options_over_tiles(name, h, dtype):
 )
 @pytest.mark.parametrize("h", [64, 120, 128])
 @pytest.mark.parametrize("dtype", [F16, BF16], ids=str)
-@pytest.mark.parametrize("t, s, n, k", [(300, 1100, 4, 2), (130, 200, 50, 50)])
+@pytest.mark.parametrize("t, s, n, k", [(300, 1100, 4, 2), (130, 200, 50, 50), (300, 520, 25, 25)])
 def test_more_blocks_than_stages_and_tiles_than_ctas(name, t, s, n, k, h, dtype):
     """More keys than a CTA of the kernels for Hopper has stages for, and more tiles than a GPU runs
-    at a time."""
+    at a time: of raw keys at H 120 and 128, and of keys that CTAs make for one another, in several
+    sections of heads."""
     check_options("cuda", name, dtype, Sizes(2, t, s, n, k, h))
 
 

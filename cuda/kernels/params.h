@@ -213,7 +213,7 @@ struct FwdTmaParams {
   int key_heads;                      // entries times K
   Divisor key_section, section_boxes, heads_kv;
   int boxes;       // of all sections, the last of which may have fewer heads than it has boxes for
-  int* next_box;   // counts those taken beyond the first two of each CTA
+  int* next_box;   // counts those taken
   int* made;
 };
 constexpr int kUnitKeys = 32;

@@ -268,7 +268,8 @@ __global__ void __launch_bounds__(kRowThreads) clear_counters(int* counters, int
 // Whether rows see different keys by position, so that some tiles take longer than others.
 bool has_window(const Problem& p) { return p.left < kUnlimited || p.right < kUnlimited; }
 
-// The forward on Hopper; q, k, raw or q^, k^, and v as the kernel reads them. own_keys: it makes k^ itself, before.
+// The forward on Hopper; q, k, raw or q^, k^, and v as the kernel reads them. own_keys: it makes k^, which it
+// reads, beside its products.
 Status launch_forward_sm90(cudaStream_t stream, const Instance& instance, const ForwardCall& call,
                            const Rows& q, const Rows& k, const Rows& v, bool own_keys) {
   const Problem& p = call.problem;
@@ -343,9 +344,9 @@ bool few_see_a_key(const Problem& p, const Instance& instance) {
   return blocks * (p.num_heads / p.num_heads_kv) * keys < 3 * int64_t(std::max(p.seqlen_k, 1));
 }
 
-// The forward that takes norms of raw keys for every tile again, where that takes less time than to make k^ first:
-// where few tiles see a key, or in a single wave of short tiles. Null elsewhere. Beside the products of H <= 64
-// norms take too long.
+// The forward that takes norms of raw keys for every tile again, where that takes less time than to make k^
+// first: where few tiles see a key, or in a single wave of short tiles. Null elsewhere. Beside the products of
+// H <= 64 norms take too long, and short tiles have few keys.
 const Instance* find_raw_instance(const ForwardCall& call) {
   constexpr int kMostKeys = 1024;
   const Problem& p = call.problem;
@@ -358,11 +359,11 @@ const Instance* find_raw_instance(const ForwardCall& call) {
   return pays || tiles <= multiprocessors() ? instance : nullptr;
 }
 
-// Whether CTAs of the forward on Hopper make k^ beside their products, in place of a pass before: where these take
-// longer than it does, because many tiles see a key.
+// Whether CTAs of the forward on Hopper make k^ beside their products, in place of a pass before: where the
+// products take longer than that, because many tiles see a key.
 bool makes_keys(const ForwardCall& call, const Instance& instance) {
   const Problem& p = call.problem;
-  return instance.makes_keys && p.l2norm && takes_raw_rows(p) && p.head_dim % 8 == 0 && !few_see_a_key(p, instance);
+  return instance.makes_keys && p.l2norm && takes_raw_rows(p) && !few_see_a_key(p, instance);
 }
 
 template <typename T, typename THat>

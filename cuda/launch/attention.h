@@ -28,7 +28,7 @@ struct ForwardCall {
   float* lse;
   float* lse_low;
   bool unbounded;                 // Instance::unbounded
-  // Scratch of the kernel for sm_90, int [kCounters + Bk K S / kCountedKeys], the latter rounded up for each head.
+  // Scratch of the kernel for sm_90, [kCounters + Bk K S / kCountedKeys], the quotient rounded up.
   int* counters;
   int splits;                     // CTAs of a (batch, kv head) of the decode kernel; 0: the other
   float* partials;                // scratch of DecodeParams

@@ -110,11 +110,8 @@ __device__ inline void store_commit() { asm volatile("cp.async.bulk.commit_group
 __device__ inline void store_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
 }
-// Until all but the latest kPending groups of them are done.
-template <int kPending = 0>
-__device__ inline void store_wait() {
-  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
-}
+// Until they are done.
+__device__ inline void store_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // Four 8 x 8 matrices of 16-bit elements; lane l passes the address of row l % 8 of matrix l / 8
 // ("stmatrix").

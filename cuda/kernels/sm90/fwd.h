@@ -1,12 +1,12 @@
 // Forward on Hopper (sm_90a: wgmma, TMA, mbarriers), 16-bit inputs and bounded logits.
 //
 // P = exp(S - c) with a constant c, so O and the row sums are plain sums over blocks of keys in any order.
-// In the first warpgroup one warp plans tiles ahead, one has q, k and v brought into rings of tiles, and
-// one has out stored; in the last all take norms and scale rows; the others own 64 rows of the query tile
-// each. CTAs are persistent and take tiles from a counter. First come the blocks in which some pair is
-// forbidden, then the others. exp(S) of one block runs beside P v of the block before; no branch but waits for
-// what products read stands between their start and the wait for them (ptxas would serialise wgmma that are
-// in flight across one, note C7514).
+// In the first warpgroup one warp plans tiles ahead, one has q, k and v brought into rings of tiles, one has
+// out stored, and a thread of one has raw keys brought and k^ sent; in the last all take norms and scale rows;
+// the others own 64 rows of the query tile each. CTAs are persistent and take tiles from a counter. First come
+// the blocks in which some pair is forbidden, then the others. exp(S) of one block runs beside P v of the block
+// before; no branch but waits for what products read stands between their start and the wait for them (ptxas
+// would serialise wgmma that are in flight across one, note C7514).
 //
 // q comes a tile ahead, raw where it has one norm a row, and is scaled in place. k is k^, of a pass before or
 // of this kernel: all CTAs make k^ for one another, a box of keys at a time, ahead of the tiles that read it.
@@ -14,7 +14,6 @@
 #pragma once
 
 #include "kernels/lse.h"
-#include "kernels/rows.h"
 #include "kernels/sm80/tile.h"
 #include "kernels/sm90/pipeline.h"
 #include "ptx/grid.h"
@@ -62,7 +61,7 @@ struct FwdTile {
   static constexpr int kRowRegisters = kRaw ? 56 : 40;
   static constexpr int kRowsAtOnce = kRowWarps == 0 || kRaw ? 2 : 1;  // of a lane
 
-  // Of boxes of keys, one on its way here and one back beside that at hand.
+  // Of boxes of keys, one on its way here and one back beside that at hand; one, unused, without kMakesKeys.
   static constexpr int kUnitStages = kMakesKeys ? 3 : 1;
 
   static constexpr int kPlans = 3;  // two tiles ahead, whose q comes a tile ahead
@@ -175,10 +174,11 @@ struct FwdKernel {
   }
 
   __device__ void make_keys() {
-    int i = blockIdx.x, next = i + gridDim.x;
+    ptx::wait_for_prerequisite_grids();  // for the counters
+    // All boxes are claimed: those of a CTA that does not run yet would keep others waiting.
+    int i = atomicAdd(params.next_box, 2), next = i + 1;
     if (i >= params.boxes) return end_boxes(0);
     Box box = bring_box(i, 0);
-    ptx::wait_for_prerequisite_grids();  // for the counters
     int* sent = nullptr;  // the count that the last box will raise when it is there
     const auto tell = [&] {
       if (sent == nullptr) return;
@@ -187,7 +187,7 @@ struct FwdKernel {
       sent = nullptr;
     };
     for (Ring<Tile::kUnitStages> at; i < params.boxes;) {
-      const int after = atomicAdd(params.next_box, 1) + 2 * gridDim.x;
+      const int after = atomicAdd(params.next_box, 1);
       Ring<Tile::kUnitStages> following = at;
       following.advance();
       Box next_box = box;
@@ -304,6 +304,7 @@ struct FwdKernel {
     do {
       known.blocks = __ballot_sync(0xffffffff, all <= 0 || ptx::load_acquire(made(key_head, mine)) >= all);
     } while (!(known.blocks >> bit & 1));
+    __syncwarp();  // what other lanes acquired the first one may use
     ptx::fence_async_global();
   }
 
@@ -361,7 +362,7 @@ struct FwdKernel {
       // stage its place is that of this one's.
       bool has_q = Tile::kQueryStages == 1;
       const auto load_block = [&](int block) {
-        if (params.made != nullptr) wait_for_keys(made_keys, plan, block);
+        if (Tile::kMakesKeys && params.made != nullptr) wait_for_keys(made_keys, plan, block);
         shared.k_empty[at_k.stage].wait(at_k.parity ^ 1);
         if (leader) {
           shared.block[at_k.stage] = block;
@@ -475,11 +476,11 @@ struct FwdKernel {
     constexpr int kLanes = kHeadDim <= 128 ? 4 : 8, kEach = 8 * Tile::kChunks / kLanes;
     const int lane = threadIdx.x % kLanes, of_warp = threadIdx.x % 32 / kLanes;
 #pragma unroll Tile::kRowsAtOnce
-    for (int i = 0; i < count; i += 32 / kLanes) {
-      const int row = first + i + of_warp;
-      const auto at = [&](int i) -> uint4& {
-        const int column = kLanes == 8 ? lane : (i ^ row) % 2 * 4 + lane;
-        return reinterpret_cast<uint4*>(tile[i * kLanes / 8][row])[column];
+    for (int before = 0; before < count; before += 32 / kLanes) {
+      const int row = first + before + of_warp;
+      const auto at = [&](int each) -> uint4& {
+        const int column = kLanes == 8 ? lane : (each ^ row) % 2 * 4 + lane;
+        return reinterpret_cast<uint4*>(tile[each * kLanes / 8][row])[column];
       };
       uint4 x[kEach];
 #pragma unroll
@@ -937,10 +938,11 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
       ptx::prefetch_tensor_map(*map);
     }
     // Every lane arrives where its accesses, and no product after them, come before: racecheck does not see
-    // the lanes meet where ptxas leaves that out.
+    // the lanes meet where ptxas leaves that out. A barrier has one arrival at least, used or not.
+    constexpr int kRowLanes = Tile::kRowWarps > 0 ? 32 * Tile::kRowWarps : 1;
     for (int i = 0; i < Tile::kQueryStages; ++i) {
       shared.q_raw[i].init(1);
-      shared.q_full[i].init(32 * Tile::kRowWarps);
+      shared.q_full[i].init(kRowLanes);
       shared.q_empty[i].init(1);
       shared.out_full[i].init(128 * Tile::kConsumers);
     }
@@ -950,14 +952,14 @@ __global__ void __launch_bounds__(Tile::kThreads, 1)
     }
     for (int i = 0; i < Tile::kStages; ++i) {
       shared.k_full[i].init(1);
-      shared.norms_full[i].init(32 * Tile::kRowWarps);
+      shared.norms_full[i].init(kRowLanes);
       shared.v_full[i].init(1);
-      shared.k_empty[i].init(4 * Tile::kConsumers + (Tile::kRaw ? 32 * Tile::kRowWarps : 0));
+      shared.k_empty[i].init(4 * Tile::kConsumers + (Tile::kRaw ? kRowLanes : 0));
       shared.v_empty[i].init(4 * Tile::kConsumers);
     }
     for (int i = 0; i < Tile::kUnitStages; ++i) {
       shared.unit_raw[i].init(1);
-      shared.unit_full[i].init(32 * Tile::kRowWarps);
+      shared.unit_full[i].init(kRowLanes);
     }
     ptx::fence_mbarrier_init();
   }

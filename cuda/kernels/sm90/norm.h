@@ -13,9 +13,10 @@ struct ChunkLanes : RowLanes<8> {
   static constexpr int kElems = 8 * kChunks;
 };
 
-// Raw rows become unit rows, as normalize_rows does it, for one group. kThreads of which this is number `thread` share out
-// kCount rows from `first` on; lanes hold columns in whichever order the swizzle has them, and all of a
-// thread's rows are in flight together. keep(row, inverse norm) is told of each, by the first of its lanes.
+// Raw rows become unit rows, as normalize_rows does it, for one group. kThreads of which this is number
+// `thread` share out kCount rows from `first` on; lanes hold columns in whichever order the swizzle has them,
+// and all of a thread's rows are in flight together. keep(row, inverse norm) is told of each, by the first of
+// its lanes.
 template <int kThreads, int kCount, class T, int kChunks, int kRows, class Keep>
 __device__ inline void normalize_tile(T (&tile)[kChunks][kRows][64], int first, int thread, Keep keep) {
   using Lanes = ChunkLanes<kChunks>;
