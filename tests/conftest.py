@@ -1,8 +1,8 @@
 """XLA flags and the compilation cache, set before JAX starts; the `gpu` and `full` markers."""
 
 import functools
-import itertools
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
