@@ -47,7 +47,7 @@ test: $(DEV)
 
 # For another Python beside the default one: the wheel, imported from outside the tree.
 test-smoke: $(SMOKE)
-	cd tests && $(abspath $(PY)) -m pytest -n $(JOBS) -k "not ($(SMOKE_SKIPS))" $(PYTEST_ARGS) $(SMOKE_TESTS)
+	cd tests && XLA_FLAGS="--xla_backend_optimization_level=3 $(XLA_FLAGS)" $(abspath $(PY)) -m pytest -n $(JOBS) -k "not ($(SMOKE_SKIPS))" $(PYTEST_ARGS) $(SMOKE_TESTS)
 
 test-full: $(DEV)
 	$(PY) -m pytest -n $(JOBS) --full $(PYTEST_ARGS) $(TESTS)
